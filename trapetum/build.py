@@ -198,7 +198,18 @@ def _compile_c_with(compiler: str, source: Path, flags: Sequence[str], target: P
     language = ["-x", "c"] if Path(compiler).name.endswith("++") else []
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        command = [compiler, *language, "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(built), "-lm"]
+        command = [
+            compiler,
+            *language,
+            "-O3",
+            "-fPIC",
+            "-shared",
+            *flags,
+            str(source),
+            "-o",
+            str(built),
+            "-lm",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             return done.stderr.strip()

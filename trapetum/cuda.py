@@ -1,0 +1,296 @@
+"""The CUDA side: packed layouts, and launches of the kernels in `kernels/*.cu`.
+
+NVRTC compiles (`trapetum.build`), CuPy loads the cubin, and `cuLaunchKernelEx` launches on PyTorch's current stream, so that a
+launch can carry the programmatic-dependent-launch attribute and can be captured in a CUDA graph.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+
+from trapetum import build
+
+SOURCE = "codebook_gemv.cu"
+DEQUANTIZE_SOURCE = "codebook_dequantize.cu"
+READ_SOURCE = "read_bandwidth.cu"
+
+LANES = 32
+STEP = {8: 16, 4: 32, 3: 128, 2: 64}  # inputs a step; the layout is pictured in kernels/codebook_gemv.cu
+TABLE_BYTES = {8: 256 * 128, 4: 256 * 128, 3: 64 * 128, 2: 16 * 128}
+_DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_MINIMUM_CAPABILITY = (7, 5)
+
+
+def why_not() -> str:
+    """Why CUDA kernels cannot run here, as one sentence; empty when they can."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return "PyTorch finds no CUDA device." if built else "this PyTorch is a build without CUDA."
+    capability = torch.cuda.get_device_capability()
+    if capability < _MINIMUM_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
+            "the kernels need 7.5 or newer."
+        )
+    try:
+        import cupy  # noqa: F401
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError as error:
+        return f"{error.name} is not installed; install it with `pip install 'trapetum[gpu]'`."
+    return ""
+
+
+@cache
+def available() -> bool:
+    """Whether the CUDA kernels can run: a device of capability 7.5 or newer, CuPy and cuda-bindings."""
+    return not why_not()
+
+
+# --- packed layout -------------------------------------------------------------------------------------------------
+
+
+def steps_for(in_features: int, bits: int) -> int:
+    """How many steps of the packed layout hold `in_features` inputs."""
+    return -(-in_features // STEP[bits])
+
+
+def _tiles(indices: torch.Tensor, bits: int) -> torch.Tensor:
+    """[out, in] -> zero-padded [tiles, steps, 32 lanes, STEP] of int32."""
+    out_features, in_features = indices.shape
+    step, steps = STEP[bits], steps_for(in_features, bits)
+    rows = -(-out_features // LANES) * LANES
+    padded = torch.zeros(rows, steps * step, dtype=torch.uint8, device=indices.device)
+    padded[:out_features, :in_features] = indices
+    return padded.view(rows // LANES, LANES, steps, step).permute(0, 2, 1, 3)
+
+
+def _pack_bytes(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    per_byte = 8 // bits
+    fields = tiles.reshape(*tiles.shape[:3], 16, per_byte)
+    packed = torch.zeros(fields.shape[:-1], dtype=torch.uint8, device=tiles.device)
+    for k in range(per_byte):
+        packed |= fields[..., k] << (bits * k)
+    return packed.unsqueeze(2)
+
+
+def _pack_three(tiles: torch.Tensor) -> torch.Tensor:
+    fields = tiles.reshape(*tiles.shape[:3], 4, 16, 2).to(torch.int32)
+    pairs = fields[..., 0] | fields[..., 1] << 3  # [tiles, steps, lanes, 4 groups, 16 pairs] of 6 bits
+    words = torch.zeros(*pairs.shape[:4], 3, dtype=torch.int32, device=tiles.device)
+    for k in range(15):
+        words[..., k // 5] |= pairs[..., k] << (6 * (k % 5))
+    for w in range(3):
+        words[..., w] |= (pairs[..., 15] >> (2 * w) & 3) << 30
+    vectors = words.reshape(*words.shape[:3], 3, 4).permute(0, 1, 3, 2, 4).contiguous()
+    return vectors.view(torch.uint8)
+
+
+def pack(indices: torch.Tensor, bits: int) -> torch.Tensor:
+    """Arrange indices as `codebook_gemv.cu` reads them.
+
+    Args:
+        indices: uint8 [out_features, in_features], each below 2**bits.
+        bits: 8, 4, 3 or 2.
+
+    Returns:
+        uint8 [ceil(out/32), steps, vectors, 32, 16], zero in the padding.
+    """
+    tiles = _tiles(indices, bits)
+    return (_pack_three(tiles) if bits == 3 else _pack_bytes(tiles, bits)).contiguous()
+
+
+def _unpack_three(packed: torch.Tensor) -> torch.Tensor:
+    tiles, steps = packed.shape[:2]
+    words = packed.contiguous().view(torch.int32).permute(0, 1, 3, 2, 4).reshape(tiles, steps, LANES, 4, 3)
+    pairs = [words[..., k // 5] >> (6 * (k % 5)) & 63 for k in range(15)]
+    upper = [words[..., w] >> 30 & 3 for w in range(3)]
+    pairs.append(upper[0] | upper[1] << 2 | upper[2] << 4)
+    fields = torch.stack(pairs, -1)
+    return torch.stack([fields & 7, fields >> 3 & 7], -1).to(torch.uint8).reshape(tiles, steps, LANES, 128)
+
+
+def unpack(packed: torch.Tensor, out_features: int, in_features: int, bits: int) -> torch.Tensor:
+    """Undo `pack`: uint8 [out_features, in_features]."""
+    if bits == 3:
+        tiles = _unpack_three(packed)
+    else:
+        fields = [packed >> (bits * k) & (2**bits - 1) for k in range(8 // bits)]
+        tiles = torch.stack(fields, -1).reshape(*packed.shape[:2], LANES, STEP[bits])
+    rows = tiles.permute(0, 2, 1, 3).reshape(packed.shape[0] * LANES, -1)
+    return rows[:out_features, :in_features].contiguous()
+
+
+# --- launches ------------------------------------------------------------------------------------------------------
+
+
+class _Kernel:
+    """A loaded CUDA function with prepared launch attributes."""
+
+    def __init__(self, source: str, name: str, defines: tuple[str, ...], device: int):
+        import cupy
+        from cuda.bindings import driver
+
+        major, minor = torch.cuda.get_device_capability(device)
+        cubin = build.compile_cuda(source, f"sm_{major}{minor}", defines)
+        with cupy.cuda.Device(device):
+            self._function = cupy.RawModule(path=str(cubin.path)).get_function(name)
+            self._shared_limit = 48 * 1024
+            self._handle = driver.CUfunction(int(self._function.kernel.ptr))
+        self._driver = driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        self._pdl = [attribute] if (major, minor) >= (9, 0) else []
+
+    def launch(self, grid, block, shared_bytes: int, arguments, pdl: bool = False) -> None:
+        if shared_bytes > self._shared_limit:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared_limit = shared_bytes
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        if pdl and self._pdl:
+            config.attrs, config.numAttrs = self._pdl, 1
+        values, types = zip(*arguments, strict=True)
+        (status,) = driver.cuLaunchKernelEx(config, self._handle, (values, types), 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(
+                f"CUDA refused the launch of {self._function.name} with grid {grid}, block {block} and "
+                f"{shared_bytes} bytes of shared memory: {status.name}"
+            )
+
+
+@cache
+def _kernel(source: str, name: str, defines: tuple[str, ...], device: int) -> _Kernel:
+    return _Kernel(source, name, defines, device)
+
+
+@cache
+def _limits(device: int) -> tuple[int, int]:
+    """Multiprocessors, and the most dynamic shared memory a block may ask for, in bytes."""
+    properties = torch.cuda.get_device_properties(device)
+    optin = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    return properties.multi_processor_count, optin - 2048  # the kernel's own static shared memory
+
+
+def _pointer(tensor: torch.Tensor | None):
+    return (tensor.data_ptr() if tensor is not None else 0, ctypes.c_void_p)
+
+
+def _int(value: int):
+    return (value, ctypes.c_int)
+
+
+def shared_bytes_for(in_features: int, bits: int) -> int:
+    """Dynamic shared memory of one `codebook_gemv` block, in bytes: the pair table and the staged x."""
+    return TABLE_BYTES[bits] + 2 * steps_for(in_features, bits) * STEP[bits]
+
+
+def fits(in_features: int, bits: int, device: int = 0) -> bool:
+    """Whether x of `in_features` and the table fit one block's shared memory on this device."""
+    return shared_bytes_for(in_features, bits) <= _limits(device)[1]
+
+
+def warps_for(out_features: int, in_features: int, bits: int, sms: int) -> int:
+    """Warps a block: 16 where one block must keep a multiprocessor busy by itself, 8 where several share it."""
+    tiles, steps = -(-out_features // LANES), steps_for(in_features, bits)
+    wanted = 16 if tiles < 3 * sms else 8
+    while wanted > 1 and wanted > steps:
+        wanted //= 2
+    return wanted
+
+
+def gemv(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    in_features: int,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+    warps: int | None = None,
+) -> torch.Tensor:
+    """y = dequantized @ x + bias, decoded inside the multiply.
+
+    Args:
+        x: fp16, bf16 or fp32 [in_features], contiguous, on a CUDA device.
+        codes: uint8, as `pack` made it.
+        codebook: fp16 [out_features, n_codes].
+        in_features: inputs without padding.
+        bits: 8, 4, 3 or 2.
+        bias: [out_features] in x's dtype, or None.
+        out: where to write, [out_features] in x's dtype; made when None.
+        pdl: let this launch overlap the kernel before it. Only where no kernel before it in the stream writes `codes`,
+            `codebook`, since those are read before the wait. Ignored below sm_90.
+        warps: warps a block, 1 to 16; None picks by shape.
+
+    Returns:
+        [out_features] in x's dtype.
+    """
+    device = x.get_device()
+    out_features, n_codes = codebook.shape
+    kernel = _kernel(SOURCE, "codebook_gemv", (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}"), device)
+    if out is None:
+        out = torch.empty(out_features, dtype=x.dtype, device=x.device)
+    warps = warps or warps_for(out_features, in_features, bits, _limits(device)[0])
+    arguments = [_pointer(t) for t in (codes, codebook, x, bias, out)]
+    arguments += [_int(v) for v in (in_features, out_features, steps_for(in_features, bits), n_codes)]
+    grid = (-(-out_features // LANES), 1, 1)
+    kernel.launch(grid, (LANES, warps, 1), shared_bytes_for(in_features, bits), arguments, pdl)
+    return out
+
+
+_TILED_WARPS, _STEPS_A_WARP = 4, 4
+
+
+def dequantize(
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    in_features: int,
+    bits: int,
+    dtype: torch.dtype = torch.float16,
+    variant: str = "tiled",
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write the dense matrix: [out_features, in_features] of `dtype`.
+
+    Args:
+        variant: `naive` (one thread an element) or `tiled` (contiguous reads and writes); the sources say how.
+    """
+    device = codes.get_device()
+    out_features, n_codes = codebook.shape
+    defines = (f"BITS={bits}", f"WTYPE={_DTYPE_CODE[dtype]}")
+    kernel = _kernel(DEQUANTIZE_SOURCE, f"dequantize_{variant}", defines, device)
+    if out is None:
+        out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    steps = steps_for(in_features, bits)
+    arguments = [_pointer(t) for t in (codes, codebook, out)]
+    arguments += [_int(v) for v in (in_features, out_features, steps, n_codes)]
+    if variant == "naive":
+        kernel.launch((-(-out.numel() // 256), 1, 1), (256, 1, 1), 0, arguments)
+        return out
+    tile_bytes = _TILED_WARPS * LANES * (STEP[bits] + 2) * out.element_size()
+    shared_bytes = 2**bits * LANES * 2 + tile_bytes
+    grid = (-(-steps // (_TILED_WARPS * _STEPS_A_WARP)), -(-out_features // LANES), 1)
+    kernel.launch(grid, (LANES, _TILED_WARPS, 1), shared_bytes, [*arguments, _int(_STEPS_A_WARP)])
+    return out
+
+
+@cache
+def _sink(device: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
+
+
+def read(buffer: torch.Tensor, pdl: bool = False) -> None:
+    """Read `buffer` once (contiguous, a multiple of 16 bytes): the read-only floor at these bytes."""
+    device = buffer.get_device()
+    vectors = buffer.numel() * buffer.element_size() // 16
+    kernel = _kernel(READ_SOURCE, "read_bytes", (), device)
+    blocks = max(1, min(4 * _limits(device)[0], -(-vectors // 512)))
+    arguments = [_pointer(buffer), (vectors, ctypes.c_uint64), _pointer(_sink(device))]
+    kernel.launch((blocks, 1, 1), (512, 1, 1), 0, arguments, pdl)
