@@ -1,8 +1,8 @@
 """Energy: the GPU's own counter (NVML), the CPU's (RAPL), or a sentence why there is none.
 
-The NVML counter moves in steps of up to about 100 ms, so a window is measured from tick to tick of the counter
-and should last 5 s or more; a shorter one carries its resolution with it. A power trace, integrated beside it, is
-the cross-check. Gross is all that the device drew; net leaves out what it draws idle.
+The NVML counter moves in steps of up to about 100 ms, so a window is measured from tick to tick of the
+counter and should last 5 s or more; a shorter one carries its resolution with it. A power trace, integrated
+beside it, is the cross-check. Gross is all that the device drew; net leaves out what it draws idle.
 """
 
 import threading

@@ -4,10 +4,10 @@ What makes a time wrong, and what is done about it here:
 
 - Weights that stay in the cache: `copies_for` says over how many distinct copies to rotate (`cold`); a caller
   that passes one and the same call measures the cached case (`warm`).
-- Launches from Python: on a GPU all calls are captured in one CUDA graph, and replays are queued back to back,
-  so that the host is never waited for.
-- A machine that changes under the measurement: on a CPU every round times every case once, so that all of them
-  see the same neighbours; ratios of medians are then fair. The first round is dropped.
+- Launches from Python: on a GPU all calls are captured in one CUDA graph, and replays are queued back to
+  back, so that the host is never waited for.
+- A machine that changes under the measurement: on a CPU every round times every case once, so that all of
+  them see the same neighbours; ratios of medians are then fair. The first round is dropped.
 """
 
 import math
@@ -262,8 +262,8 @@ def fastest_threads(
 ) -> dict[str, int]:
     """Find for each case the number of threads that is fastest now.
 
-    Busy neighbours can make two threads slower than one (each parallel region then waits for the scheduler), so
-    the full count is kept only if no smaller one is at least 10 % faster.
+    Busy neighbours can make two threads slower than one (each parallel region then waits for the scheduler),
+    so the full count is kept only if no smaller one is at least 10 % faster.
 
     Returns:
         by name, the number of threads.
