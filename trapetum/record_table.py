@@ -1,0 +1,71 @@
+"""Find records by their fields, and lay them out as a pandas table."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+_NESTED = ("config", "device", "software")
+_FLAT = (
+    "id quantity value unit samples p20 p80 n kind method "
+    "kernel_sha256 commit dirty utc source suspect why_suspect"
+).split()
+
+
+def _flattened(prefix: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}.{key}"
+        flat |= _flattened(name, value) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def row(record) -> dict[str, Any]:
+    """One record as flat columns: its own fields, then `config.bits`, `device.name`, `software.torch` and so on."""
+    flat = {name: getattr(record, name) for name in _FLAT}
+    for name in _NESTED:
+        flat |= _flattened(name, getattr(record, name))
+    return flat
+
+
+def frame(records: Iterable):
+    """The records as a pandas DataFrame, one row each, with nested fields flattened as `config.bits`, `device.name`.
+
+    Columns that only some records have are NaN or None elsewhere; no records give an empty table with the plain fields.
+    """
+    import pandas
+
+    rows = [row(record) for record in records]
+    columns = list(dict.fromkeys([*_FLAT, *(name for line in rows for name in line)]))
+    return pandas.DataFrame(rows, columns=columns)
+
+
+def _matches(value, wanted) -> bool:
+    if isinstance(wanted, Collection) and not isinstance(wanted, (str, bytes, Mapping)):
+        return value in wanted
+    return value == wanted
+
+
+def select(
+    records: Iterable, quantity=None, method=None, kind=None, device=None, suspect=None, **config
+) -> list:
+    """The records that match every filter given, in their order.
+
+    A filter is a value or a collection of accepted values; None does not filter (inside `**config` it means absent).
+
+    Args:
+        records: of `trapetum.records.Record`.
+        quantity, method, kind: as in the record.
+        device: `device.name`, exactly.
+        suspect: True or False.
+        **config: keys of `config`, e.g. `bits=4, l2="cold", in_features=(4096, 8192)`.
+    """
+    plain = {"quantity": quantity, "method": method, "kind": kind, "suspect": suspect}
+    plain = {name: wanted for name, wanted in plain.items() if wanted is not None}
+
+    def wanted(record) -> bool:
+        return (
+            all(_matches(getattr(record, name), value) for name, value in plain.items())
+            and (device is None or _matches(record.device.get("name"), device))
+            and all(_matches(record.config.get(name), value) for name, value in config.items())
+        )
+
+    return [record for record in records if wanted(record)]
