@@ -1,0 +1,361 @@
+"""The codebook GEMV on a CPU: packing into the kernel's layout, and the binding of `kernels/codebook_gemv.c`.
+
+The kernel is compiled at first use and loaded with ctypes. torch is imported before that, so that both share one
+OpenMP runtime and its threads. Without a compiler everything here still works through torch, slowly; `why_not` says so.
+
+4-bit weights have the fast layout. 2- and 3-bit weights are widened to nibbles when packed: the results are right,
+the memory read and the speed are those of 4 bits. 8-bit weights are plain row-major bytes.
+
+`TRAPETUM_CPU_PATH` (avx512vnni, avx512bw, avx2, portable) forces one path for the life of the process.
+"""
+
+import ctypes
+import functools
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from trapetum.build import BuildError, compile_c
+
+SOURCE = "codebook_gemv.c"
+PATHS = ("portable", "avx2", "avx512bw", "avx512vnni")  # the index is the number that the kernel knows
+BITS = (2, 3, 4, 8)
+_ROWS, _BLOCK, _PANEL = 4, 128, 32
+_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+# ------------------------------------------------------------------------------------------ the compiled library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and "", or None and the reason."""
+    try:
+        library = ctypes.CDLL(str(compile_c(SOURCE)))
+    except (BuildError, OSError) as error:
+        return None, str(error)
+    sizes = [_SIZE, _SIZE]
+    library.trapetum_gemv4.argtypes = [_POINTER] * 3 + [_SIZE] + [_POINTER] * 2 + sizes + [_INT] * 3
+    library.trapetum_gemv8.argtypes = [_POINTER] * 3 + [_SIZE] + [_POINTER] * 2 + sizes + [_INT] * 2
+    library.trapetum_dequantize.argtypes = (
+        [_POINTER] * 2 + [_SIZE, _POINTER] + [_INT] * 2 + sizes + [_INT] * 2
+    )
+    library.trapetum_read.argtypes = [_POINTER, _SIZE, _INT, _INT]
+    library.trapetum_read.restype = ctypes.c_uint64
+    return library, ""
+
+
+def available() -> bool:
+    """Whether the compiled kernel runs here (else torch does its work)."""
+    return _load()[0] is not None
+
+
+def why_not() -> str:
+    """Why the compiled kernel is missing and what happens instead; "" when it is there."""
+    reason = _load()[1]
+    return reason and f"{reason} Codebook layers run through torch, many times slower."
+
+
+def has_openmp() -> bool:
+    """Whether the kernel was built with OpenMP; without it, it uses one thread."""
+    return available() and bool(_load()[0].trapetum_has_openmp())
+
+
+def paths() -> list[str]:
+    """The kernel's paths that this processor runs, fastest first; empty without a compiler."""
+    library = _load()[0]
+    return [] if library is None else list(PATHS[library.trapetum_supported() :: -1])
+
+
+@functools.cache
+def active_path() -> str:
+    """The path in use: `$TRAPETUM_CPU_PATH` when set, else the fastest; "torch" without a compiler.
+
+    Raises:
+        ValueError: the variable names a path that does not exist or does not run here.
+    """
+    forced, usable = os.environ.get("TRAPETUM_CPU_PATH"), paths()
+    if not forced:
+        return usable[0] if usable else "torch"
+    return PATHS[_path_number(forced, "TRAPETUM_CPU_PATH=")]
+
+
+@functools.cache
+def _path_number(path: str, said: str = "path=") -> int:
+    if path not in PATHS:
+        raise ValueError(f"{said}{path} is unknown; it is one of {', '.join(reversed(PATHS))}.")
+    if path not in paths():
+        usable = ", ".join(paths()) or f"none, because {_load()[1]}"
+        raise ValueError(f"{said}{path} does not run on this machine; these do: {usable}")
+    return PATHS.index(path)
+
+
+# ------------------------------------------------------------------------------------------------------- packing
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}; the CPU kernel has layouts for {', '.join(map(str, BITS))} bits.")
+
+
+def packed_bytes(out_features: int, in_features: int, bits: int) -> int:
+    """Bytes of the packed codes: rows padded to 4 and inputs to 128 below 8 bits, no padding at 8."""
+    if bits == 8:
+        return out_features * in_features
+    return _round_up(out_features, _ROWS) * _round_up(in_features, _BLOCK) // 2
+
+
+def _panels(in_features: int) -> Iterator[tuple[int, int]]:
+    """First block and one-past-last block of each panel."""
+    blocks = _round_up(in_features, _BLOCK) // _BLOCK
+    return ((first, min(first + _PANEL, blocks)) for first in range(0, blocks, _PANEL))
+
+
+def pack(indices: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Arrange codes for the kernel; the layout is drawn in `kernels/codebook_gemv.c`.
+
+    Args:
+        indices: uint8 [out_features, in_features], each below 2**bits.
+        bits: 2, 3 (both widened to nibbles: right results, no speed gain), 4 or 8.
+
+    Returns:
+        uint8 [packed_bytes(out_features, in_features, bits)].
+
+    Raises:
+        ValueError: wrong dtype, shape or bits, or a code out of range.
+    """
+    _check_bits(bits)
+    if indices.dtype is not torch.uint8 or indices.dim() != 2 or 0 in indices.shape:
+        raise ValueError(
+            f"indices must be a non-empty uint8 [out_features, in_features]; "
+            f"they are {indices.dtype} {list(indices.shape)}."
+        )
+    if int(indices.max()) >= 2**bits:
+        raise ValueError(f"a code is {int(indices.max())}, but {bits}-bit codes end at {2**bits - 1}.")
+    if bits == 8:
+        return indices.contiguous().view(-1)
+    rows, inputs = indices.shape
+    padding = (0, _round_up(inputs, _BLOCK) - inputs, 0, _round_up(rows, _ROWS) - rows)
+    nibbles = F.pad(indices, padding).view(-1, _ROWS, -(-inputs // _BLOCK), 4, 2, 16)
+    lanes = nibbles[..., 0, :] | nibbles[..., 1, :] << 4  # [tile, row, block, byte of the lane, lane]
+    groups = lanes.permute(0, 2, 1, 4, 3)
+    return torch.cat([groups[:, first:last].reshape(-1) for first, last in _panels(inputs)])
+
+
+def unpack(packed: torch.Tensor, out_features: int, in_features: int, bits: int = 4) -> torch.Tensor:
+    """The codes that `pack` was given.
+
+    Args:
+        packed: uint8 [packed_bytes(out_features, in_features, bits)].
+
+    Returns:
+        uint8 [out_features, in_features].
+
+    Raises:
+        ValueError: wrong bits, or `packed` does not have the size that these features need.
+    """
+    _check_packed(packed, out_features, in_features, bits)
+    if bits == 8:
+        return packed.view(out_features, in_features)
+    tiles = _round_up(out_features, _ROWS) // _ROWS
+    sizes = [tiles * (last - first) * _ROWS * _BLOCK // 2 for first, last in _panels(in_features)]
+    parts = [part.view(tiles, -1, _ROWS, 16, 4) for part in packed.split(sizes)]
+    lanes = torch.cat(parts, dim=1).permute(0, 2, 1, 4, 3)
+    nibbles = torch.stack((lanes & 15, lanes >> 4), dim=4)
+    return nibbles.reshape(tiles * _ROWS, -1)[:out_features, :in_features].contiguous()
+
+
+def _check_packed(packed: torch.Tensor, out_features: int, in_features: int, bits: int) -> None:
+    _check_bits(bits)
+    need = packed_bytes(out_features, in_features, bits)
+    if packed.dtype is not torch.uint8 or packed.numel() != need or not packed.is_cpu:
+        raise ValueError(
+            f"packed codes of a {bits}-bit [{out_features}, {in_features}] weight must be {need} uint8 on the CPU; "
+            f"they are {packed.numel()} {packed.dtype} on {packed.device}."
+        )
+
+
+def _check_weight(packed: torch.Tensor, codebook: torch.Tensor, in_features: int, bits: int) -> None:
+    if codebook.dtype is not torch.float16 or codebook.dim() != 2 or not codebook.is_cpu:
+        raise ValueError(
+            f"codebook must be float16 [out_features, n_codes] on the CPU; "
+            f"it is {codebook.dtype} {list(codebook.shape)} on {codebook.device}."
+        )
+    _check_packed(packed, codebook.shape[0], in_features, bits)
+    if not 1 <= codebook.shape[1] <= 2**bits:
+        raise ValueError(f"codebook has {codebook.shape[1]} codes a row; {bits} bits allow 1 to {2**bits}.")
+
+
+# --------------------------------------------------------------------------------------------------- the product
+
+
+def _check_vectors(x, in_features: int, bias, out, out_features: int) -> None:
+    if (
+        x.dtype is not torch.float32
+        or x.numel() != in_features
+        or x.shape[-1:] != (in_features,)
+        or not x.is_cpu
+    ):
+        raise ValueError(
+            f"x must be one row of {in_features} float32 on the CPU; it is {list(x.shape)} {x.dtype} on {x.device}."
+        )
+    for name, tensor in (("bias", bias), ("out", out)):
+        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.shape != (out_features,)):
+            raise ValueError(
+                f"{name} must be float32 [{out_features}]; it is {tensor.dtype} {list(tensor.shape)}."
+            )
+    if out is not None and not out.is_contiguous():
+        raise ValueError(f"out must be contiguous; its stride is {out.stride(0)}.")
+
+
+def gemv(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    codebook: torch.Tensor,
+    in_features: int,
+    bits: int,
+    exact: bool = False,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    path: str | None = None,
+) -> torch.Tensor:
+    """y = W x + bias, with W read as codes; uses `torch.get_num_threads()` threads.
+
+    Args:
+        x: float32 [in_features] (or any shape of one row), of any stride.
+        packed: uint8 from `pack(indices, bits)`.
+        codebook: float16 [out_features, n_codes], n_codes <= 2**bits.
+        exact: fp32 arithmetic instead of 15-bit fixed point. 8-bit weights are always exact.
+        bias: float32 [out_features] or None.
+        out: float32 [out_features] to be overwritten, or None for a new one.
+        path: one of `paths()`; None for `active_path()`.
+
+    Returns:
+        float32 [out_features]. Relative L2 error at most 1e-4 in fixed point, 1e-6 exact; it does not depend on the
+        number of threads. A NaN or infinity in x gives NaN in fixed point.
+
+    Raises:
+        ValueError: a dtype, shape or device that does not fit, with what was given and what is needed.
+    """
+    _check_weight(packed, codebook, in_features, bits)
+    out_features, n_codes = codebook.shape
+    _check_vectors(x, in_features, bias, out, out_features)
+    name = path or active_path()
+    y = torch.empty(out_features) if out is None else out
+    if name == "torch":
+        return _gemv_torch(x, packed, codebook, in_features, bits, bias, y)
+    x, packed, codebook = x.contiguous(), packed.contiguous(), codebook.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    weight = (x.data_ptr(), packed.data_ptr(), codebook.data_ptr(), n_codes)
+    rest = (
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        in_features,
+        out_features,
+        _path_number(name),
+    )
+    if bits == 8:
+        status = _load()[0].trapetum_gemv8(*weight, *rest, torch.get_num_threads())
+    else:
+        status = _load()[0].trapetum_gemv4(*weight, *rest, exact, torch.get_num_threads())
+    if status:
+        raise MemoryError(f"no memory to prepare an activation of {in_features} inputs.")
+    return y
+
+
+def _rows_torch(
+    packed, codebook, in_features: int, bits: int, step: int = 512
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of rows and their float16 weights, by index_select on the flattened codebooks."""
+    out_features, n_codes = codebook.shape
+    indices = unpack(packed, out_features, in_features, bits)
+    for first in range(0, out_features, step):
+        rows = slice(first, min(first + step, out_features))
+        base = torch.arange(rows.stop - first, dtype=torch.int32)[:, None] * n_codes
+        flat = (indices[rows].to(torch.int32) + base).view(-1)
+        yield rows, codebook[rows].reshape(-1).index_select(0, flat).view(-1, in_features)
+
+
+def _gemv_torch(x, packed, codebook, in_features, bits, bias, y) -> torch.Tensor:
+    for rows, weight in _rows_torch(packed, codebook, in_features, bits):
+        torch.mv(weight.float(), x.reshape(-1), out=y[rows])
+    return y if bias is None else y.add_(bias)
+
+
+def dequantize(
+    packed: torch.Tensor,
+    codebook: torch.Tensor,
+    in_features: int,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+    path: str | None = None,
+) -> torch.Tensor:
+    """W itself, for products with many rows of x.
+
+    Args:
+        packed, codebook, in_features, bits, path: as for `gemv`.
+        dtype: float32 or float16 (both exact) or bfloat16 (rounded to nearest even).
+
+    Returns:
+        dtype [out_features, in_features].
+
+    Raises:
+        ValueError: as for `gemv`, or another dtype.
+    """
+    _check_weight(packed, codebook, in_features, bits)
+    if dtype not in _FORMATS:
+        raise ValueError(f"dtype is {dtype}; weights are dequantized to float32, float16 or bfloat16.")
+    out_features, n_codes = codebook.shape
+    weight = torch.empty(out_features, in_features, dtype=dtype)
+    name = path or active_path()
+    if name == "torch":
+        for rows, values in _rows_torch(packed, codebook, in_features, bits):
+            weight[rows] = values.to(dtype)
+        return weight
+    packed, codebook = packed.contiguous(), codebook.contiguous()
+    pointers = (packed.data_ptr(), codebook.data_ptr(), n_codes, weight.data_ptr())
+    layout = (_FORMATS[dtype], 8 if bits == 8 else 4, in_features, out_features)
+    _load()[0].trapetum_dequantize(*pointers, *layout, _path_number(name), torch.get_num_threads())
+    return weight
+
+
+# ----------------------------------------------------------------------------------------- read bandwidth probe
+
+
+def read_sum(buffer: torch.Tensor, threads: int | None = None, path: str | None = None) -> int:
+    """Sum of a contiguous CPU tensor taken as 64-bit words modulo 2**64 (a tail below 8 bytes is left out).
+
+    Each thread reads one contiguous run, as in the GEMV; `threads` defaults to `torch.get_num_threads()`.
+    """
+    words, name = buffer.numel() * buffer.element_size() // 8, path or active_path()
+    if name == "torch":
+        return int(buffer.view(-1).view(torch.uint8)[: words * 8].view(torch.int64).sum()) % 2**64
+    arguments = (_path_number(name), threads or torch.get_num_threads())
+    return _load()[0].trapetum_read(buffer.data_ptr(), words, *arguments)
+
+
+def read_us(buffer: torch.Tensor, threads: int | None = None) -> float:
+    """Microseconds to read `buffer` once (contiguous, on the CPU)."""
+    begin = time.perf_counter_ns()
+    read_sum(buffer, threads)
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def read_bandwidth(nbytes: int = 2**30, threads: int | None = None, repeats: int = 9) -> list[float]:
+    """Read bandwidth in GB/s (1e9 bytes), one sample a repeat after one that is not counted.
+
+    Args:
+        nbytes: size of the buffer; it should be several times the last-level cache.
+        threads: None for `torch.get_num_threads()`.
+    """
+    buffer = torch.ones(nbytes // 8, dtype=torch.int64)
+    times_us = [read_us(buffer, threads) for _ in range(repeats + 1)]
+    return [buffer.nbytes / 1e3 / time_us for time_us in times_us[1:]]
