@@ -106,7 +106,7 @@ def check(record) -> None:
                 raise RecordError(complaint)
 
 
-def _vocabulary_rules(r: Record):
+def _vocabulary_rules(r):
     yield r.kind in KINDS, f"kind must be one of {', '.join(KINDS)}, not {r.kind!r}."
     known = isinstance(r.quantity, str) and r.quantity in QUANTITIES
     yield known, f"quantity {r.quantity!r} is unknown; the quantities are {', '.join(QUANTITIES)}."
@@ -116,7 +116,7 @@ def _vocabulary_rules(r: Record):
     yield good, f"method must be a name without surrounding blanks, not {r.method!r}."
 
 
-def _type_rules(r: Record):
+def _type_rules(r):
     yield isinstance(r.id, str), f"id must be a string, not {r.id!r}."
     yield isinstance(r.source, str), f"source must be a string, not {r.source!r}."
     yield type(r.n) is int and r.n >= 0, f"n must be a count, not {r.n!r}."
@@ -131,7 +131,7 @@ def _type_rules(r: Record):
     yield r.suspect == bool(r.why_suspect), "suspect and why_suspect go together: both, or neither."
 
 
-def _value_rules(r: Record):
+def _value_rules(r):
     sign = r.value > 0 or r.quantity in _MAY_BE_NEGATIVE or (r.value == 0 and r.quantity in _MAY_BE_ZERO)
     yield sign, f"{r.quantity} cannot be {r.value:g} {r.unit}".rstrip() + "."
     yield not r.samples or r.n == len(r.samples), f"n is {r.n} but there are {len(r.samples)} samples."
@@ -139,7 +139,7 @@ def _value_rules(r: Record):
     yield r.p20 is None or r.p20 <= r.p80, f"p20 ({r.p20}) is above p80 ({r.p80})."
 
 
-def _origin_rules(r: Record):
+def _origin_rules(r):
     if r.kind == "measured":
         yield len(r.samples) > 0, "a measured record needs its samples."
         yield (

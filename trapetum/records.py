@@ -16,11 +16,11 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trapetum import __version__, record_rules
+from trapetum import record_rules
 from trapetum.record_gate import Ceilings, gate, implied_gbps, is_stale, memory_gbps
 from trapetum.record_rules import KINDS, QUANTITIES, RecordError
 from trapetum.record_table import frame, select
@@ -162,7 +162,7 @@ def _content_id(record: Record) -> str:
 
 def now_utc() -> str:
     """The time now as a record writes it, to the second, e.g. `2026-01-31T12:00:00Z`."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
