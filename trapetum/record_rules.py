@@ -14,6 +14,7 @@ KINDS = ("measured", "published", "derived")
 QUANTITIES = {
     "read_bandwidth": "GB/s",  # bytes read / time, of a kernel that only reads
     "gemv_time": "us",  # one matrix-vector product
+    "linears_time": "us",  # all matrix-vector products of one token
     "dequant_bandwidth": "GB/s",  # bytes read and written / time, codes to dense weights
     "decode_speed": "tok/s",  # batch 1
     "decode_memory": "GB",  # highest memory in use during a decode
