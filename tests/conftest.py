@@ -11,3 +11,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Random inputs are the same in every run."""
+    torch.manual_seed(0)

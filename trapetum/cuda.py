@@ -5,6 +5,7 @@ launch can carry the programmatic-dependent-launch attribute and can be captured
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -174,7 +175,7 @@ def _limits(device: int) -> tuple[int, int]:
     """Multiprocessors, and the most dynamic shared memory a block may ask for, in bytes."""
     properties = torch.cuda.get_device_properties(device)
     optin = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return properties.multi_processor_count, optin - 2048  # the kernel's own static shared memory
+    return properties.multi_processor_count, optin - 4096  # the kernel's own static shared memory
 
 
 def _pointer(tensor: torch.Tensor | None):
@@ -186,8 +187,12 @@ def _int(value: int):
 
 
 def shared_bytes_for(in_features: int, bits: int) -> int:
-    """Dynamic shared memory of one `codebook_gemv` block, in bytes: the pair table and the staged x."""
-    return TABLE_BYTES[bits] + 2 * steps_for(in_features, bits) * STEP[bits]
+    """Dynamic shared memory of one `codebook_gemv` block, in bytes.
+
+    The pair table lies at a multiple of its size, and x in front of it where it fits, else behind it.
+    """
+    x_bytes, table_bytes = 2 * steps_for(in_features, bits) * STEP[bits], TABLE_BYTES[bits]
+    return 2 * table_bytes + (0 if x_bytes <= table_bytes - 6144 else x_bytes)
 
 
 def fits(in_features: int, bits: int, device: int = 0) -> bool:
@@ -195,13 +200,29 @@ def fits(in_features: int, bits: int, device: int = 0) -> bool:
     return shared_bytes_for(in_features, bits) <= _limits(device)[1]
 
 
-def warps_for(out_features: int, in_features: int, bits: int, sms: int) -> int:
-    """Warps a block: 16 where one block must keep a multiprocessor busy by itself, 8 where several share it."""
-    tiles, steps = -(-out_features // LANES), steps_for(in_features, bits)
-    wanted = 16 if tiles < 3 * sms else 8
-    while wanted > 1 and wanted > steps:
-        wanted //= 2
-    return wanted
+@dataclass(frozen=True)
+class Plan:
+    """A launch shape of `codebook_gemv`: warps a block, and steps a warp has in flight."""
+
+    warps: int
+    ahead: int
+
+    @property
+    def defines(self) -> tuple[str, str]:
+        """What the source is compiled with."""
+        return f"WARPS={self.warps}", f"AHEAD={self.ahead}"
+
+
+# Where every multiprocessor gets at most one block, that block alone must keep enough loads in flight; where it gets several, smaller ones
+# overlap each other's start and end. Chosen from a sweep over 7 shapes on an H100.
+_ONE_BLOCK_EACH = {8: Plan(32, 2), 4: Plan(32, 2), 3: Plan(32, 1), 2: Plan(32, 2)}
+_SEVERAL_EACH = {8: Plan(16, 3), 4: Plan(16, 3), 3: Plan(8, 2), 2: Plan(8, 4)}
+
+
+def plan_for(out_features: int, bits: int, sms: int) -> Plan:
+    """The launch shape for a matrix of `out_features` on a device of `sms` multiprocessors."""
+    several = -(-out_features // LANES) > sms
+    return (_SEVERAL_EACH if several else _ONE_BLOCK_EACH)[bits]
 
 
 def gemv(
@@ -213,7 +234,7 @@ def gemv(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
-    warps: int | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """y = dequantized @ x + bias, decoded inside the multiply.
 
@@ -227,21 +248,24 @@ def gemv(
         out: where to write, [out_features] in x's dtype; made when None.
         pdl: let this launch overlap the kernel before it. Only where no kernel before it in the stream writes `codes`,
             `codebook`, since those are read before the wait. Ignored below sm_90.
-        warps: warps a block, 1 to 16; None picks by shape.
+        plan: launch shape; None picks by shape and device.
 
     Returns:
         [out_features] in x's dtype.
     """
     device = x.get_device()
     out_features, n_codes = codebook.shape
-    kernel = _kernel(SOURCE, "codebook_gemv", (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}"), device)
+    steps = steps_for(in_features, bits)
+    plan = plan or plan_for(out_features, bits, _limits(device)[0])
+    kernel = _kernel(
+        SOURCE, "codebook_gemv", (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}", *plan.defines), device
+    )
     if out is None:
         out = torch.empty(out_features, dtype=x.dtype, device=x.device)
-    warps = warps or warps_for(out_features, in_features, bits, _limits(device)[0])
     arguments = [_pointer(t) for t in (codes, codebook, x, bias, out)]
-    arguments += [_int(v) for v in (in_features, out_features, steps_for(in_features, bits), n_codes)]
-    grid = (-(-out_features // LANES), 1, 1)
-    kernel.launch(grid, (LANES, warps, 1), shared_bytes_for(in_features, bits), arguments, pdl)
+    arguments += [_int(v) for v in (in_features, out_features, steps, n_codes)]
+    grid, block = (-(-out_features // LANES), 1, 1), (LANES, min(plan.warps, steps), 1)
+    kernel.launch(grid, block, shared_bytes_for(in_features, bits), arguments, pdl)
     return out
 
 
