@@ -252,7 +252,7 @@ __device__ __forceinline__ float stage_x(const xtype* __restrict__ x, int in_fea
 // x         [in_features]; bias [out_features] or null; y [out_features]
 // grid      ceil(out_features / 32) blocks of (32, warps) threads
 // shared    2*TABLE_BYTES, the first for alignment, and 2*steps*STEP bytes more where x does not fit in front of the table
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
 codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebook, const xtype* __restrict__ x,
               const xtype* __restrict__ bias, xtype* __restrict__ y, int in_features, int out_features, int steps, int n_codes) {
     extern __shared__ __align__(16) char shared[];

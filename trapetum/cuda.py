@@ -213,8 +213,8 @@ class Plan:
         return f"WARPS={self.warps}", f"AHEAD={self.ahead}"
 
 
-# Where every multiprocessor gets at most one block, that block alone must keep enough loads in flight; where it gets several, smaller ones
-# overlap each other's start and end. Chosen from a sweep over 7 shapes on an H100.
+# Where every multiprocessor gets at most one block, that block alone must keep enough loads in flight; where it
+# gets several, smaller ones overlap each other's start and end. Chosen from a sweep over 7 shapes on an H100.
 _ONE_BLOCK_EACH = {8: Plan(32, 2), 4: Plan(32, 2), 3: Plan(32, 1), 2: Plan(32, 2)}
 _SEVERAL_EACH = {8: Plan(16, 3), 4: Plan(16, 3), 3: Plan(8, 2), 2: Plan(8, 4)}
 
