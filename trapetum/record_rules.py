@@ -38,6 +38,14 @@ QUANTITIES = {
     "carbon_per_1k_tokens": "g",
     "load_time": "s",
     "train_time": "s",
+    "peak_throughput": "TFLOP/s",  # of a datasheet; TOP/s for integers
+    "peak_bandwidth": "GB/s",  # of a datasheet
+    "energy_ratio": "",  # joules a token of config.baseline over this one's
+    "memory_ratio": "",  # bytes of config.baseline over this one's
+    "perplexity_ratio": "",  # this one's over config.baseline's
+    "token_agreement": "",  # share of tokens equal to config.baseline's
+    "instruction_count": "",  # machine instructions that one operation compiles to
+    "call_accepted": "",  # 1: the call ran; 0: it raised config.error
 }
 
 # Quantities that may be zero or, as a difference of two readings, below it.
@@ -48,6 +56,8 @@ _MAY_BE_ZERO = {
     "energy_per_token",
     "power",
     "carbon_per_1k_tokens",
+    "token_agreement",
+    "call_accepted",
 }
 _MAY_BE_NEGATIVE = {"energy_per_token", "power", "carbon_per_1k_tokens"}
 
