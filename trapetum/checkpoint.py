@@ -1,0 +1,112 @@
+"""Write a quantized model as a directory that transformers reads back."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trapetum import formats
+from trapetum.swap import codebook_layers, linears
+
+#: `quant_method` in config.json.
+OWNER = "trapetum"
+
+
+class ModelError(RuntimeError):
+    """A model cannot be had, or a directory cannot be written; the message says which and what to do."""
+
+
+def quantization_config(model: nn.Module) -> dict:
+    """The `quantization_config` entry of config.json that describes the codebook layers of `model`."""
+    found = {name: (layer.bits, layer.n_codes) for name, layer in codebook_layers(model)}
+    common = max(set(found.values()), key=list(found.values()).count)
+    config = {
+        "quant_method": OWNER,
+        "bits": common[0],
+        "n_codes": common[1],
+        "method": getattr(model, "trapetum_method", "kmeans"),
+        "modules_to_not_convert": [name for name, _ in linears(model, lm_head=True)],
+    }
+    exceptions = {name: list(scheme) for name, scheme in found.items() if scheme != common}
+    return config | ({"exceptions": exceptions} if exceptions else {})
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything of the state dict that is not codes: own storage each, a tied head left out."""
+    codes = {f"{name}.{part}" for name, _ in codebook_layers(model) for part in ("codes", "codebook")}
+    tied = (
+        set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    )
+    state = {
+        name: tensor.detach()
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if name not in tied or tensor is not model.get_input_embeddings().weight
+    }
+    state |= {f"{name}.bias": m.bias for name, m in codebook_layers(model) if m.bias is not None}
+    return {name: tensor.clone().cpu() for name, tensor in state.items() if name not in codes}
+
+
+def _write(model, tokenizer, folder: Path) -> None:
+    weights = {name: layer.to_weight().to("cpu") for name, layer in codebook_layers(model)}
+    formats.save(folder / "model.safetensors", weights, _dense_tensors(model))
+    config = model.config.to_dict() | {
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "architectures": [type(model).__name__],
+    }
+    config.pop("quantization_config", None)
+    if weights:
+        config["quantization_config"] = quantization_config(model)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _require_replaceable(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = folder / "config.json"
+    if not config.is_file() or f'"quant_method": "{OWNER}"' not in config.read_text():
+        raise ModelError(
+            f"{folder} exists and is not a model that trapetum quantized; choose another directory."
+        )
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    old = temporary.with_name(temporary.name + ".old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(model: nn.Module, tokenizer, out_dir: str | os.PathLike) -> Path:
+    """Write a model so that `load` and `AutoModelForCausalLM.from_pretrained` read it back; whole or not at all.
+
+    Args:
+        model: quantized (or dense) causal language model.
+        tokenizer: written beside it unless None.
+        out_dir: a new or empty directory, or one that holds a model quantized before, which is replaced.
+
+    Returns:
+        the directory.
+
+    Raises:
+        ModelError: the directory holds something else.
+    """
+    folder = Path(out_dir).expanduser().absolute()
+    _require_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _write(model, tokenizer, temporary)
+        temporary.chmod(0o755)
+        _put(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

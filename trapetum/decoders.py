@@ -1,0 +1,213 @@
+"""How a token is made at each stage: the transformers tree, the own step run eagerly, and the own step as a CUDA graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trapetum.linear import CodebookLinear
+from trapetum.llama_step import Live, LlamaStep, activation_dtype
+from trapetum.swap import codebook_layers
+
+_SMALLEST_BUCKET = 128
+_WARM_UPS = 3
+
+
+class TreeDecoder:
+    """The transformers module tree, called once a token.
+
+    `naive`: a growing cache, and the codebook kernel between casts to float32 and back. `cast_free`: no casts (on the CPU
+    the activations stay float32, as the kernel takes them, and only a 16-bit head converts its input), and on CUDA
+    a static cache; on the CPU a static cache would be read to its full length, so it stays a growing one.
+    """
+
+    def __init__(self, model: nn.Module, casts: bool, max_context: int):
+        self._model, self._casts, self._max_context = model, casts, max_context
+        self._device = model.get_input_embeddings().weight.device
+        self._codebooks = [layer for _, layer in codebook_layers(model)]
+
+    def prepare(self, prompt: int, count: int) -> None:
+        """Arrange the codes for the kernel before the clock starts."""
+        for layer in self._codebooks:
+            layer.prepare()
+
+    def _cache(self):
+        from transformers import DynamicCache, StaticCache
+
+        if self._casts or self._device.type == "cpu":
+            return DynamicCache(config=self._model.config)
+        return StaticCache(config=self._model.config, max_cache_len=self._max_context)
+
+    @contextmanager
+    def _arranged(self):
+        """Casts set as the stage says, and hooks for float32 activations, for the length of one generation."""
+        for layer in self._codebooks:
+            layer.casts = self._casts
+        hooks = [] if self._casts else self._float32_hooks()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for layer in self._codebooks:
+                layer.casts = False
+
+    def _float32_hooks(self) -> list:
+        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        dtype = activation_dtype(self._model)
+        if embedding.weight.dtype == dtype:
+            return []
+        hooks = [embedding.register_forward_hook(lambda _, __, y: y.to(dtype))]
+        if isinstance(head, nn.Linear):
+            hooks.append(head.register_forward_pre_hook(lambda _, args: (args[0].to(head.weight.dtype),)))
+        return hooks
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor, cache) -> Tensor:
+        output = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].argmax(-1, keepdim=True)
+
+    def tokens(self, ids: Tensor, count: int) -> Iterator[int]:
+        """Greedy tokens after the prompt `ids` [n]."""
+        cache, token = self._cache(), ids.unsqueeze(0)
+        with self._arranged():
+            for _ in range(count):
+                token = self._forward(token, cache)
+                yield int(token)
+
+    @contextmanager
+    def without_linears(self):
+        """Let every linear layer return zeros that exist already."""
+        layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | CodebookLinear)]
+        dtype = activation_dtype(self._model)
+        for layer in layers:
+            zeros = torch.zeros(layer.out_features, dtype=dtype, device=self._device)
+            layer.forward = lambda x, zeros=zeros: zeros.to(x.dtype).expand(*x.shape[:-1], -1)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+
+class LeanDecoder:
+    """The own step, run eagerly with the cache sliced to its live length."""
+
+    def __init__(self, model: nn.Module, max_context: int):
+        self.llama = LlamaStep(model, max_context)
+
+    def prepare(self, prompt: int, count: int) -> None:
+        """Nothing to prepare."""
+
+    @torch.inference_mode()
+    def _next(self, token: Tensor, position: int) -> Tensor:
+        return self.llama.step(token, Live(self.llama, position)).argmax(-1)
+
+    @torch.inference_mode()
+    def _first(self, ids: Tensor) -> Tensor:
+        return self.llama.prefill(ids).argmax(-1)
+
+    def tokens(self, ids: Tensor, count: int) -> Iterator[int]:
+        """Greedy tokens after the prompt `ids` [n]."""
+        token = self._first(ids)
+        yield int(token)
+        for position in range(len(ids), len(ids) + count - 1):
+            token = self._next(token, position)
+            yield int(token)
+
+    @contextmanager
+    def without_linears(self):
+        """Let every product return zeros that exist already."""
+        llama = self.llama
+        kept = llama.layers, llama.head
+        llama.layers, llama.head = llama.silenced()
+        try:
+            yield
+        finally:
+            llama.layers, llama.head = kept
+
+
+def bucket_for(length: int, max_context: int) -> int:
+    """Places of the cache that a captured step reads for a live length: the next power of two, at least 128."""
+    return min(max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()), max_context)
+
+
+class GraphDecoder(LeanDecoder):
+    """The own step, position and argmax included, captured once per length bucket and replayed.
+
+    The next replay is queued before a token is read back, so the device does not wait for Python. With `capture` False
+    the same step runs eagerly, launch by launch.
+    """
+
+    def __init__(self, model: nn.Module, max_context: int, capture: bool = True):
+        super().__init__(model, max_context)
+        self.capture, self._max_context = capture, max_context
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = None
+
+    def prepare(self, prompt: int, count: int) -> None:
+        """Capture the steps that a generation will replay."""
+        lengths = range(prompt + 1, prompt + count)
+        for bucket in sorted({bucket_for(length, self._max_context) for length in lengths}):
+            if self.capture and bucket not in self._graphs:
+                self._graphs[bucket] = self._captured(bucket)
+
+    @torch.inference_mode()
+    def _captured(self, bucket: int) -> torch.cuda.CUDAGraph:
+        llama, device = self.llama, self.llama.device
+        llama.position.zero_()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # compiles kernels and sets libraries up, which a capture must not do
+            for _ in range(_WARM_UPS):
+                llama.advance(bucket)
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            llama.advance(bucket)
+        return graph
+
+    @torch.inference_mode()
+    def _start(self, ids: Tensor) -> None:
+        self.llama.token.copy_(self._first(ids))
+        self.llama.position.fill_(len(ids))
+
+    @torch.inference_mode()
+    def _queue(self, length: int) -> None:
+        bucket = bucket_for(length, self._max_context)
+        if self.capture:
+            self._graphs[bucket].replay()
+        else:
+            self.llama.advance(bucket)
+
+    def _fetch(self, host: Tensor) -> torch.cuda.Event:
+        host.copy_(self.llama.token, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return done
+
+    def tokens(self, ids: Tensor, count: int) -> Iterator[int]:
+        """Greedy tokens after the prompt `ids` [n]; one step ahead of what it yields."""
+        host = torch.zeros(count, 1, dtype=torch.long).pin_memory()
+        self._start(ids)
+        done = self._fetch(host[0])
+        for made in range(1, count + 1):
+            ready = done
+            if made < count:
+                self._queue(len(ids) + made)
+                done = self._fetch(host[made])
+            ready.synchronize()
+            yield int(host[made - 1])
+
+    @contextmanager
+    def without_linears(self):
+        """Let every product return zeros that exist already, in graphs captured for it."""
+        graphs, self._graphs = self._graphs, {}
+        try:
+            with super().without_linears():
+                yield
+        finally:
+            self._graphs = graphs

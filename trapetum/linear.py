@@ -1,0 +1,109 @@
+"""`CodebookLinear`: an `nn.Linear` whose weight is codes and one codebook per output channel."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trapetum import ops
+from trapetum.formats import CodebookWeight
+
+
+class CodebookLinear(nn.Module):
+    """y = x W^T + b with W read from its codes.
+
+    One row of x (decode) goes through `trapetum::codebook_gemv`; several rows (prefill) dequantize W and multiply.
+
+    Attributes:
+        codes: uint8 buffer; `layout` says how it is arranged.
+        codebook: float16 buffer [out_features, n_codes]; stays float16 when the module is cast.
+        bias: [out_features] buffer or None.
+        in_features, out_features, bits: sizes.
+        layout: "rows" (the stored form of `trapetum.formats`) or "device" (the kernel's own, from the first call on).
+        casts: run the kernel between two casts, to float32 and back: the `naive` decode stage.
+    """
+
+    def __init__(self, in_features, out_features, bits=4, n_codes=None, bias=False, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.layout, self.casts = "rows", False
+        row_bytes = -(-in_features * bits // 8)
+        codes = torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device)
+        codebook = torch.zeros(out_features, n_codes or 2**bits, dtype=torch.float16, device=device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_weight(cls, weight: CodebookWeight, bias: Tensor | None = None) -> "CodebookLinear":
+        """A layer around stored codes, on their device.
+
+        Args:
+            weight: codes and codebooks.
+            bias: [out_features] in the dtype of the activations, or None.
+        """
+        layer = cls(weight.in_features, weight.out_features, weight.bits, weight.n_codes, device="meta")
+        layer.codes, layer.codebook = weight.codes, weight.codebook
+        layer.bias = bias.detach() if bias is not None else None
+        return layer
+
+    @property
+    def n_codes(self) -> int:
+        """Codebook entries per output channel."""
+        return self.codebook.shape[1]
+
+    def to_weight(self) -> CodebookWeight:
+        """The weight in its stored form, on the layer's device."""
+        if self.layout == "device":
+            return ops.from_layout(self.codes, self.codebook, self.in_features, self.bits)
+        return CodebookWeight(self.codes, self.codebook, self.in_features, self.bits)
+
+    def prepare(self) -> "CodebookLinear":
+        """Arrange the codes as the kernel of their device reads them; does nothing the second time."""
+        if self.layout == "rows":
+            self.codes = ops.to_layout(self.to_weight(), self.codes.device)
+            self.layout = "device"
+        return self
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [out_features, in_features]."""
+        if self.layout == "device":
+            return ops.dequantize(self.codes, self.codebook, self.in_features, self.bits, dtype)
+        return self.to_weight().dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in x's dtype."""
+        if x.numel() != self.in_features:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        self.prepare()
+        if not self.casts:
+            return self._gemv(x, self.bias)
+        return self._gemv(x.float(), self.bias.float() if self.bias is not None else None).to(x.dtype)
+
+    def _gemv(self, x, bias):
+        return ops.codebook_gemv(x, self.codes, self.codebook, bias, self.in_features, self.bits)
+
+    def _apply(self, fn, recurse=True):
+        codes, codebook = self.codes, self.codebook
+        super()._apply(fn, recurse)
+        if self.codebook.dtype != torch.float16:  # .to(dtype), .half(), .float() are about activations
+            self.codebook = codebook.to(self.codebook.device)
+        if self.layout == "device" and self.codes.device.type != codes.device.type:
+            stored = ops.from_layout(codes, codebook, self.in_features, self.bits)
+            self.codes, self.layout = stored.codes.to(self.codes.device), "rows"
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout == "device":
+            destination[prefix + "codes"] = self.to_weight().codes
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        if self.layout == "device":
+            self.codes, self.layout = self.to_weight().codes, "rows"
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"n_codes={self.n_codes}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,190 @@
+"""The products of the own decode step: several linear layers of one input as one, dense or codebook.
+
+Stacking layers along out_features changes no output: each row of W is multiplied by itself. The module tree keeps
+working, because its weights become views of the stacked ones, so nothing is held twice.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trapetum import cpu, cuda, ops
+from trapetum.linear import CodebookLinear
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether `parts` already lie one behind the other in one storage."""
+    end = parts[0].data_ptr()
+    for part in parts:
+        if (
+            part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr()
+            or part.data_ptr() != end
+        ):
+            return False
+        end += part.nbytes
+    return all(part.is_contiguous() for part in parts)
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """The concatenation of `parts` along dimension 0, without a copy where they already lie so."""
+    if len(parts) == 1:
+        return parts[0]
+    if not _adjacent(parts):
+        return torch.cat(list(parts))
+    first = parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _views(stacked: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    return list(stacked.split([part.shape[0] for part in parts]))
+
+
+def _stacked_bias(layers, dtype) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    device = layers[0].bias.device if layers[0].bias is not None else _weight(layers[0]).device
+    parts = [
+        layer.bias if layer.bias is not None else torch.zeros(layer.out_features, device=device)
+        for layer in layers
+    ]
+    return torch.cat([part.detach().to(dtype) for part in parts])
+
+
+def _weight(layer) -> Tensor:
+    return layer.codes if isinstance(layer, CodebookLinear) else layer.weight
+
+
+class Dense:
+    """y = x W^T + b with x and y in `dtype`; W may be narrower (a 16-bit head behind float32 activations)."""
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
+        weights = [layer.weight.detach() for layer in layers]
+        self._weight = stack(weights)
+        self._bias = _stacked_bias(layers, self._weight.dtype)
+        if len(layers) > 1:
+            for layer, view in zip(layers, _views(self._weight, weights), strict=True):
+                layer.weight = nn.Parameter(view, requires_grad=False)
+        self.out_features, self._dtype = self._weight.shape[0], dtype
+        self._same = self._weight.dtype == dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        if self._same:
+            return F.linear(x, self._weight, self._bias)
+        return F.linear(x.to(self._weight.dtype), self._weight, self._bias).to(self._dtype)
+
+    rows = __call__
+
+
+class Codebook:
+    """The same with W read from its codes; `rows` dequantizes W and multiplies."""
+
+    def __init__(self, layers: Sequence[CodebookLinear], dtype: torch.dtype):
+        for layer in layers:
+            layer.prepare()
+        codes, codebooks = [layer.codes for layer in layers], [layer.codebook for layer in layers]
+        self._codes, self._codebook = stack(codes), stack(codebooks)
+        if len(layers) > 1:
+            parts = zip(_views(self._codes, codes), _views(self._codebook, codebooks), strict=True)
+            for layer, (part, values) in zip(layers, parts, strict=True):
+                layer.codes, layer.codebook = part, values
+        self._bias = _stacked_bias(layers, dtype)
+        self._in, self._bits, self._dtype = layers[0].in_features, layers[0].bits, dtype
+        self.out_features = self._codebook.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[1, in_features] to [1, out_features]."""
+        return ops.codebook_gemv(x, self._codes, self._codebook, self._bias, self._in, self._bits)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        weight = ops.dequantize(self._codes, self._codebook, self._in, self._bits, self._dtype)
+        return F.linear(x, weight, self._bias)
+
+
+class CodebookCpu(Codebook):
+    """`Codebook` on the CPU in float32, without the torch dispatcher and into an output made once."""
+
+    def __init__(self, layers, dtype):
+        super().__init__(layers, dtype)
+        self._row = torch.empty(self.out_features)
+        self._out = self._row.view(1, -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[1, in_features] to [1, out_features], valid until the next call."""
+        cpu.gemv(x, self._codes, self._codebook, self._in, self._bits, bias=self._bias, out=self._row)
+        return self._out
+
+
+class Apart:
+    """Layers whose packed codes cannot be stacked: one product each, outputs side by side."""
+
+    def __init__(self, layers, dtype):
+        self._parts = [project([layer], dtype) for layer in layers]
+        self.out_features = sum(part.out_features for part in self._parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[1, in_features] to [1, out_features]."""
+        return torch.cat([part(x) for part in self._parts], -1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        return torch.cat([part.rows(x) for part in self._parts], -1)
+
+
+class Nothing:
+    """Stands in for a product when only the framework around it is timed: zeros of the right shape, made once."""
+
+    def __init__(self, out_features: int, like: Tensor):
+        self.out_features = out_features
+        self._zeros = torch.zeros(1, out_features, dtype=like.dtype, device=like.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[1, in_features] to [1, out_features]."""
+        return self._zeros
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        return self._zeros.repeat(x.shape[0], 1)
+
+
+def _tile_rows(layer: CodebookLinear) -> int:
+    """Output rows after which the packed codes start afresh, so that codes of two layers can be put in a row."""
+    if layer.codes.is_cuda:
+        return cuda.LANES
+    if layer.bits == 8:
+        return 1
+    one_panel = len(list(cpu._panels(layer.in_features))) == 1  # panels are the outermost dimension
+    return cpu._ROWS if one_panel else layer.out_features + 1
+
+
+def _stackable(layers) -> bool:
+    if len({type(layer) for layer in layers}) > 1 or len({_weight(layer).dtype for layer in layers}) > 1:
+        return False
+    if not isinstance(layers[0], CodebookLinear):
+        return True
+    if len({(layer.bits, layer.n_codes) for layer in layers}) > 1:
+        return False
+    return all(layer.out_features % _tile_rows(layer) == 0 for layer in layers)
+
+
+def project(layers: Sequence[nn.Module], dtype: torch.dtype):
+    """One callable for linear layers that share their input.
+
+    Args:
+        layers: `nn.Linear` or `CodebookLinear`, of one in_features, on one device.
+        dtype: of x and y.
+
+    Returns:
+        an object with `__call__` (one row), `rows` (many rows) and `out_features`.
+    """
+    if len(layers) > 1 and not _stackable(layers):
+        return Apart(layers, dtype)
+    if not isinstance(layers[0], CodebookLinear):
+        return Dense(layers, dtype)
+    if layers[0].codes.is_cuda or dtype != torch.float32:
+        return Codebook(layers, dtype)
+    return CodebookCpu(layers, dtype)

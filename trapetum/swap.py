@@ -1,0 +1,246 @@
+"""Replace the linear layers of a model: dense to codebook (quantized, or random for timing) and back."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from trapetum.formats import CodebookWeight, pack
+from trapetum.linear import CodebookLinear
+from trapetum.quantizers import METHODS, quantize, weight_error
+
+HEAD = "lm_head"
+_RANDOM_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `quantize_model` did.
+
+    Attributes:
+        errors: relative squared weight error by layer name, ||W-Q||^2 / ||W||^2.
+        seconds: wall time, calibration included.
+        bits, n_codes, method: the scheme.
+    """
+
+    errors: dict[str, float]
+    seconds: float
+    bits: int
+    n_codes: int
+    method: str
+
+    @property
+    def mean_error(self) -> float:
+        """Mean of the layers' relative squared errors."""
+        return sum(self.errors.values()) / len(self.errors)
+
+
+def linears(model: nn.Module, lm_head: bool = False) -> list[tuple[str, nn.Linear]]:
+    """The dense linear layers of `model` by name, in order; the output head only if asked for."""
+    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return [(name, layer) for name, layer in found if lm_head or name != HEAD]
+
+
+def codebook_layers(model: nn.Module) -> list[tuple[str, CodebookLinear]]:
+    """The codebook layers of `model` by name, in order."""
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, CodebookLinear)]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of `model` is a `CodebookLinear`."""
+    return any(isinstance(layer, CodebookLinear) for layer in model.modules())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters and codebook weights; a tied embedding counts once, rope tables do not."""
+    tensors = list(model.parameters())
+    for _, layer in codebook_layers(model):
+        tensors += [tensor for tensor in layer.buffers()]
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place that `name` has in `model`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _bias(layer: nn.Linear) -> Tensor | None:
+    return layer.bias.detach() if layer.bias is not None else None
+
+
+class _SecondMoments:
+    """Hooks that average x^2 per input feature of each linear layer over calibration tokens."""
+
+    def __init__(self, layers):
+        self._sums, self._rows = {}, {}
+        self._hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers]
+
+    def _hook(self, name):
+        def add(_, inputs):
+            rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            self._sums[name] = self._sums.get(name, 0.0) + rows.square().sum(0)
+            self._rows[name] = self._rows.get(name, 0) + len(rows)
+
+        return add
+
+    def take(self) -> dict[str, Tensor]:
+        for hook in self._hooks:
+            hook.remove()
+        return {name: total / self._rows[name] for name, total in self._sums.items()}
+
+
+def _calibrate(model, layers, calibration: Sequence[Tensor], progress: bool) -> dict[str, Tensor]:
+    moments = _SecondMoments(layers)
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            for tokens in tqdm(calibration, desc="calibrate", disable=not progress):
+                model(torch.as_tensor(tokens, device=device).reshape(1, -1), use_cache=False)
+    finally:
+        found = moments.take()
+    return found
+
+
+def _input_weights(model, layers, method, calibration, progress) -> dict[str, Tensor]:
+    if not METHODS[method].needs_calibration:
+        return {}
+    if not calibration:
+        raise ValueError(
+            f"method {method!r} weighs each input by its mean square, so it needs calibration tokens; "
+            f"pass calibration=[token rows], or use method 'kmeans', which needs none."
+        )
+    return _calibrate(model, layers, calibration, progress)
+
+
+def _require_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"no quantization method {method!r}; choose one of {', '.join(METHODS)}.")
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    bits: int = 4,
+    method: str = "kmeans",
+    n_codes: int | None = None,
+    lm_head: bool = False,
+    calibration: Sequence[Tensor] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Replace each `nn.Linear` by a `CodebookLinear`, in place and layer by layer, so that one layer at most is held twice.
+
+    Args:
+        model: a transformers causal language model.
+        bits: bits per code (2, 3, 4, 8).
+        method: a name of `trapetum.quantizers.METHODS`.
+        n_codes: codebook entries per output channel; default 2**bits.
+        lm_head: quantize the output head too (a tied embedding keeps its dense weight).
+        calibration: rows of token ids, for methods that weigh the inputs.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: unknown method, missing calibration, nothing to quantize, or a weight that is NaN or infinite (by name).
+    """
+    _require_method(method)
+    start, layers, errors = time.perf_counter(), linears(model, lm_head), {}
+    if not layers:
+        raise ValueError("the model has no dense linear layers left to quantize; load the dense checkpoint.")
+    moments = _input_weights(model, layers, method, calibration, progress)
+    for name, layer in tqdm(layers, desc=f"quantize to {bits} bits", unit="layer", disable=not progress):
+        weight = layer.weight.detach()
+        quantized = quantize(
+            weight, bits, method, n_codes, input_weight=moments.get(name), name=f"{name}.weight"
+        )
+        errors[name] = float(weight_error(weight, quantized))
+        replace(model, name, CodebookLinear.from_weight(quantized, _bias(layer)))
+    _note(model, method)
+    return Report(errors, time.perf_counter() - start, bits, n_codes or 2**bits, method)
+
+
+def _note(model: nn.Module, method: str) -> None:
+    """Remember the method for `models.save`, on the model, where the codes are."""
+    model.trapetum_method = method
+
+
+def _normal_quantiles(n_codes: int) -> Tensor:
+    middle = (torch.arange(n_codes, dtype=torch.float64) + 0.5) / n_codes
+    return math.sqrt(2) * torch.erfinv(2 * middle - 1)
+
+
+def random_weight(
+    out_features: int, in_features: int, bits: int, generator: torch.Generator, n_codes: int | None = None
+) -> CodebookWeight:
+    """Random codes with a normal-quantile codebook (standard deviation 0.02), made on the generator's device.
+
+    Speed does not depend on the codes, so timing needs no k-means.
+    """
+    device, n_codes = generator.device, n_codes or 2**bits
+    values = (_RANDOM_STD * _normal_quantiles(n_codes)).to(device, torch.float16)
+    codebook = values.expand(out_features, n_codes).contiguous()
+    if n_codes == 2**bits and in_features * bits % 8 == 0:  # every byte is a valid run of codes
+        shape = (out_features, in_features * bits // 8)
+        codes = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
+        return CodebookWeight(codes, codebook, in_features, bits)
+    shape = (out_features, in_features)
+    indices = torch.randint(n_codes, shape, dtype=torch.uint8, device=device, generator=generator)
+    return pack(indices, codebook, bits)
+
+
+@torch.no_grad()
+def randomize_codes(
+    model: nn.Module,
+    bits: int = 4,
+    seed: int = 0,
+    lm_head: bool = False,
+    n_codes: int | None = None,
+    device: str | torch.device | None = None,
+) -> None:
+    """Replace each `nn.Linear` by a `CodebookLinear` of random codes, in place; for timing, not for reading.
+
+    Args:
+        model: the weights may still be on the meta device.
+        bits: bits per code.
+        seed: of the codes.
+        lm_head: replace the output head too.
+        n_codes: codebook entries per output channel; default 2**bits.
+        device: where to make the codes; default the device of each weight.
+    """
+    generators: dict = {}
+    for name, layer in linears(model, lm_head):
+        place = torch.device(device if device is not None else layer.weight.device)
+        if place not in generators:
+            generators[place] = torch.Generator(place).manual_seed(seed)
+        weight = random_weight(layer.out_features, layer.in_features, bits, generators[place], n_codes)
+        replace(model, name, CodebookLinear.from_weight(weight, _bias(layer)))
+    _note(model, "random")
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace each `CodebookLinear` by the `nn.Linear` with the same values, in place: the dense twin.
+
+    Args:
+        model: a quantized model.
+        dtype: of the dense weights; default the model's own.
+
+    Returns:
+        the same model.
+    """
+    dtype = dtype or next(model.parameters()).dtype
+    for name, layer in codebook_layers(model):
+        replace(model, name, _dense(layer, dtype))
+    return model
+
+
+def _dense(layer: CodebookLinear, dtype: torch.dtype) -> nn.Linear:
+    has_bias = layer.bias is not None
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
+    dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+    if has_bias:
+        dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return dense
