@@ -42,6 +42,7 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define VBMI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")))
 #else
 #define X86 0
 #endif
@@ -77,6 +78,13 @@ typedef void (*Work)(const Job *, int64_t begin, int64_t end);
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t count_blocks(const Job *job) { return (job->in_features + BLOCK - 1) / BLOCK; }
 INLINE int64_t count_tiles(const Job *job) { return (job->out_features + ROWS - 1) / ROWS; }
+
+/* The hardware prefetcher alone leaves a core that computes between its loads waiting for memory: ask for codes early,
+ * far ahead into the outer caches and a little ahead into the first. Addresses past the end do no harm. */
+INLINE void fetch_ahead(const uint8_t *codes) {
+    __builtin_prefetch(codes + 16384, 0, 1);
+    __builtin_prefetch(codes + 2048, 0, 3);
+}
 
 /* Codes of one tile in the panel that starts at block `first`. */
 INLINE const uint8_t *tile_codes(const Job *job, int64_t first, int64_t in_panel, int64_t tile) {
@@ -116,14 +124,17 @@ static void in_parallel(const Job *job, Work work, int64_t count, int threads) {
 
 /* ---------------------------------------------------------------------------------------------- portable C */
 
-static float half_to_float(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31, mantissa = half & 1023, bits;
+/* Without branches, so that loops over it vectorize, and without fp32 denormals, so that flushing them does no harm. */
+INLINE float half_to_float(uint16_t half) {
+    const float smallest_normal = 0x1p-14f;
+    uint32_t exponent = half & 0x7c00, magnitude = (uint32_t)(half & 0x7fff) << 13, bits;
+    uint32_t rebias = exponent == 0 ? 113u << 23 : exponent == 0x7c00 ? 224u << 23 : 112u << 23;
     float value;
-    if (exponent == 0) {
-        value = (float)mantissa * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    magnitude += rebias;
+    memcpy(&value, &magnitude, sizeof value);
+    value -= exponent == 0 ? smallest_normal : 0.0f;
+    memcpy(&bits, &value, sizeof bits);
+    bits |= (uint32_t)(half & 0x8000) << 16;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
@@ -434,13 +445,15 @@ AVX2 static void int16_avx2(const Job *job, int64_t begin, int64_t end) {
                 sums[r] = row_bytes_avx2(job, tile * ROWS + r, &low[r], &high[r]);
                 sum[r] = _mm256_setzero_ps();
             }
-            for (const XBlock *x = job->blocks + first; x < job->blocks + first + n; x++, codes += GROUP_BYTES)
-                for (int r = 0; r < ROWS; r++)
+            for (const XBlock *x = job->blocks + first; x < job->blocks + first + n; x++)
+                for (int r = 0; r < ROWS; r++, codes += BLOCK_BYTES) {
+                    fetch_ahead(codes);
                     for (int h = 0; h < 2; h++) {
-                        __m256i c = _mm256_loadu_si256((const __m256i *)(codes + r * BLOCK_BYTES + 32 * h));
+                        __m256i c = _mm256_loadu_si256((const __m256i *)codes + h);
                         __m256i dot = half_block_avx2(c, (const __m256i *)(x->q + 64 * h), low[r], high[r]);
                         sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_loadu_ps(x->scale + 8 * h), sum[r]);
                     }
+                }
             for (int r = 0; r < ROWS; r++) sums[r] *= sum_lanes_avx2(sum[r]);
             store_tile(job, tile, first, sums);
         }
@@ -465,34 +478,47 @@ AVX2 static void exact_avx2(const Job *job, int64_t begin, int64_t end) {
                 row_table_avx2(job, tile * ROWS + r, table[r]);
                 sum[r] = _mm256_setzero_ps();
             }
-            for (int64_t b = 0; b < n; b++, codes += GROUP_BYTES, x += BLOCK)
-                for (int r = 0; r < ROWS; r++)
+            for (int64_t b = 0; b < n; b++, x += BLOCK)
+                for (int r = 0; r < ROWS; r++, codes += BLOCK_BYTES) {
+                    fetch_ahead(codes);
                     for (int h = 0; h < 2; h++) {
-                        __m256i c = _mm256_loadu_si256((const __m256i *)(codes + r * BLOCK_BYTES + 32 * h));
+                        __m256i c = _mm256_loadu_si256((const __m256i *)codes + h);
                         for (int k = 0; k < 8; k++) {
                             __m256 w = lookup_avx2(table[r], _mm256_srli_epi32(c, 4 * k));
                             sum[r] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + 16 * k + 8 * h), sum[r]);
                         }
                     }
+                }
             for (int r = 0; r < ROWS; r++) sums[r] = sum_lanes_avx2(sum[r]);
             store_tile(job, tile, first, sums);
         }
     }
 }
 
+/* Up to 256 fp16 codes of a row as fp32; entries beyond n_codes keep their value. */
+AVX2 INLINE void wide_table_avx2(const Job *job, int64_t row, float *table) {
+    const uint16_t *codebook = row_codebook(job, row);
+    int64_t i = 0;
+    for (; i + 8 <= job->n_codes; i += 8)
+        _mm256_storeu_ps(table + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(codebook + i))));
+    for (; i < job->n_codes; i++) table[i] = half_to_float(codebook[i]);
+}
+
 AVX2 static void bytes_avx2(const Job *job, int64_t begin, int64_t end) {
-    float *y = job->y, table[256];
+    float *y = job->y, table[256] = {0};
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *codes = job->codes + row * job->in_features;
-        row_table(job, row, table, 256);
+        wide_table_avx2(job, row, table);
         __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         int64_t i = 0;
-        for (; i + 32 <= job->in_features; i += 32)
+        for (; i + 32 <= job->in_features; i += 32) {
+            fetch_ahead(codes + i);
             for (int s = 0; s < 4; s++) {
                 __m128i bytes = _mm_loadl_epi64((const __m128i *)(codes + i + 8 * s));
                 __m256 w = _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(bytes), 4);
                 sum[s] = _mm256_fmadd_ps(w, _mm256_loadu_ps(job->x + i + 8 * s), sum[s]);
             }
+        }
         __m256 both = _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3]));
         y[row] = (job->bias ? job->bias[row] : 0.0f) + sum_lanes_avx2(both) +
                  bytes_dot(codes, job->x, i, job->in_features, table);
@@ -589,6 +615,7 @@ AVX512 INLINE float row_words_avx512(const Job *job, int64_t row, __m512i *words
                 for (const XBlock *x = job->blocks + first; x < job->blocks + first + n; x++) {                     \
                     __m512 scale = _mm512_loadu_ps(x->scale);                                                       \
                     for (int r = 0; r < ROWS; r++, codes += BLOCK_BYTES) {                                          \
+                        fetch_ahead(codes);                                                                         \
                         __m512i c = _mm512_loadu_si512(codes), dot = _mm512_setzero_si512();                        \
                         for (int j = 0; j < 4; j++) {                                                               \
                             __m512i w = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4 * j), table[r]);            \
@@ -621,6 +648,7 @@ AVX512 static void exact_avx512(const Job *job, int64_t begin, int64_t end) {
             }
             for (int64_t b = 0; b < n; b++, x += BLOCK)
                 for (int r = 0; r < ROWS; r++, codes += BLOCK_BYTES) {
+                    fetch_ahead(codes);
                     __m512i c = _mm512_loadu_si512(codes);
                     for (int k = 0; k < 8; k++) {
                         __m512 w = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4 * k), table[r]);
@@ -635,12 +663,14 @@ AVX512 static void exact_avx512(const Job *job, int64_t begin, int64_t end) {
 
 AVX512 INLINE float bytes_row_gather(const uint8_t *codes, const float *x, int64_t n, const float *table, int64_t *i) {
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (; *i + 64 <= n; *i += 64)
+    for (; *i + 64 <= n; *i += 64) {
+        fetch_ahead(codes + *i);
         for (int s = 0; s < 4; s++) {
             __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + *i + 16 * s)));
             __m512 w = _mm512_i32gather_ps(index, table, 4);
             sum[s] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + *i + 16 * s), sum[s]);
         }
+    }
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
@@ -651,22 +681,24 @@ AVX512 INLINE float bytes_row_permute(const uint8_t *codes, const float *x, int6
         t[s] = _mm512_loadu_ps(table + 16 * s);
         sum[s] = _mm512_setzero_ps();
     }
-    for (; *i + 64 <= n; *i += 64)
+    for (; *i + 64 <= n; *i += 64) {
+        fetch_ahead(codes + *i);
         for (int s = 0; s < 4; s++) {
             __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + *i + 16 * s)));
             __m512 w = _mm512_permutex2var_ps(t[0], index, t[1]), upper = _mm512_permutex2var_ps(t[2], index, t[3]);
             w = _mm512_mask_mov_ps(w, _mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), upper);
             sum[s] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + *i + 16 * s), sum[s]);
         }
+    }
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
 AVX512 static void bytes_avx512(const Job *job, int64_t begin, int64_t end) {
-    float *y = job->y, table[256];
+    float *y = job->y, table[256] = {0};
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *codes = job->codes + row * job->in_features;
         int64_t i = 0;
-        row_table(job, row, table, 256);
+        wide_table_avx2(job, row, table);
         float sum = job->n_codes <= 64 ? bytes_row_permute(codes, job->x, job->in_features, table, &i)
                                        : bytes_row_gather(codes, job->x, job->in_features, table, &i);
         sum += bytes_dot(codes, job->x, i, job->in_features, table);
@@ -695,10 +727,125 @@ AVX512 static uint64_t sum_avx512(const uint64_t *data, int64_t n) {
     return (uint64_t)_mm512_reduce_add_epi64(sum[0]) + sum_portable(data, n);
 }
 
+/* ------------------------------------------------------- 8-bit codes on AVX-512 VBMI (used by the VNNI path) */
+
+/* 16-bit table entries, low and high bytes apart, 64 to a register. */
+typedef struct {
+    __m512i low[4], high[4];
+} ByteTables;
+
+VBMI INLINE ByteTables byte_tables(const uint16_t *entries) {
+    const __m512i steps = _mm512_set_epi8(
+        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35,
+        34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4,
+        3, 2, 1, 0);
+    const __m512i even = _mm512_add_epi8(steps, steps), odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
+    ByteTables t;
+    for (int s = 0; s < 4; s++) {
+        __m512i a = _mm512_loadu_si512(entries + 64 * s), b = _mm512_loadu_si512(entries + 64 * s + 32);
+        t.low[s] = _mm512_permutex2var_epi8(a, even, b);
+        t.high[s] = _mm512_permutex2var_epi8(a, odd, b);
+    }
+    return t;
+}
+
+/* One byte of the entries of 64 codes; `wide` when there are more than 64 entries. */
+VBMI INLINE __m512i lookup_byte(const __m512i table[4], __m512i codes, int wide) {
+    if (!wide) return _mm512_permutexvar_epi8(codes, table[0]);
+    __m512i lower = _mm512_permutex2var_epi8(table[0], codes, table[1]);
+    __m512i upper = _mm512_permutex2var_epi8(table[2], codes, table[3]);
+    return _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(codes), upper);
+}
+
+/* The 16-bit entries of 64 codes in order. Unpacking works inside 128 bits, so the codes are spread for it first. */
+VBMI INLINE void lookup_entries(const ByteTables *t, __m512i codes, int wide, __m512i entries[2]) {
+    codes = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), codes);
+    __m512i low = lookup_byte(t->low, codes, wide), high = lookup_byte(t->high, codes, wide);
+    entries[0] = _mm512_unpacklo_epi8(low, high);
+    entries[1] = _mm512_unpackhi_epi8(low, high);
+}
+
+VBMI INLINE void multiply_64(const ByteTables *t, __m512i codes, int wide, const float *x, __m512 sum[4]) {
+    __m512i entries[2];
+    lookup_entries(t, codes, wide, entries);
+    for (int s = 0; s < 4; s++) {
+        __m256i half = s % 2 ? _mm512_extracti64x4_epi64(entries[s / 2], 1) : _mm512_castsi512_si256(entries[s / 2]);
+        sum[s] = _mm512_fmadd_ps(_mm512_cvtph_ps(half), _mm512_loadu_ps(x + 16 * s), sum[s]);
+    }
+}
+
+VBMI INLINE float bytes_row_vbmi(const Job *job, const uint8_t *codes, const ByteTables *t, int wide, const float *tail) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    int64_t i = 0;
+    for (; i + 64 <= job->in_features; i += 64) {
+        fetch_ahead(codes + i);
+        multiply_64(t, _mm512_loadu_si512(codes + i), wide, job->x + i, sum);
+    }
+    __mmask64 left = (1ull << (job->in_features - i)) - 1;
+    if (left) multiply_64(t, _mm512_maskz_loadu_epi8(left, codes + i), wide, tail, sum);
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+VBMI static void bytes_vbmi(const Job *job, int64_t begin, int64_t end) {
+    float *y = job->y, tail[64] = {0}; /* the last inputs, padded with zeros */
+    int64_t whole = job->in_features / 64 * 64;
+    uint16_t entries[256] = {0};
+    memcpy(tail, job->x + whole, (size_t)(job->in_features - whole) * sizeof(float));
+    for (int64_t row = begin; row < end; row++) {
+        const uint8_t *codes = job->codes + row * job->in_features;
+        memcpy(entries, row_codebook(job, row), (size_t)job->n_codes * 2);
+        ByteTables t = byte_tables(entries);
+        float sum = job->n_codes > 64 ? bytes_row_vbmi(job, codes, &t, 1, tail) : bytes_row_vbmi(job, codes, &t, 0, tail);
+        y[row] = (job->bias ? job->bias[row] : 0.0f) + sum;
+    }
+}
+
+/* Write 64 values: 16-bit entries as they are, or fp16 entries as fp32. */
+VBMI INLINE void store_64(const __m512i entries[2], void *y, int wide) {
+    for (int s = 0; s < 2; s++) {
+        if (wide) {
+            _mm512_storeu_ps((float *)y + 32 * s, _mm512_cvtph_ps(_mm512_castsi512_si256(entries[s])));
+            _mm512_storeu_ps((float *)y + 32 * s + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(entries[s], 1)));
+        } else {
+            _mm512_storeu_si512((uint16_t *)y + 32 * s, entries[s]);
+        }
+    }
+}
+
+VBMI static void dequantize_bytes_vbmi(const Job *job, int64_t begin, int64_t end) {
+    const int wide = job->format == TO_FP32, size = wide ? 4 : 2;
+    Job halves = *job;
+    halves.format = job->format == TO_BF16 ? TO_BF16 : TO_FP16;
+    for (int64_t row = begin; row < end; row++) {
+        const uint8_t *codes = job->codes + row * job->in_features;
+        char *y = (char *)job->y + row * job->in_features * size;
+        uint32_t bits[256], cut[64];
+        uint16_t table[256];
+        row_bits(&halves, row, bits, 256);
+        for (int i = 0; i < 256; i++) table[i] = (uint16_t)bits[i];
+        ByteTables t = byte_tables(table);
+        for (int64_t i = 0; i < job->in_features; i += 64) {
+            int64_t left = smaller(64, job->in_features - i);
+            __m512i entries[2], c = _mm512_maskz_loadu_epi8(left < 64 ? (1ull << left) - 1 : ~0ull, codes + i);
+            lookup_entries(&t, c, 1, entries);
+            store_64(entries, left < 64 ? (void *)cut : (void *)(y + i * size), wide);
+            if (left < 64) memcpy(y + i * size, cut, (size_t)(left * size));
+        }
+    }
+}
+
 static uint64_t enabled_states(void) {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (uint64_t)high << 32 | low;
+}
+
+/* Whether the processor has VBMI as well; asked once, because the instruction that tells is slow under a hypervisor. */
+static int has_vbmi(void) {
+    static int known = -1;
+    uint32_t a, b, c, d;
+    if (known < 0) known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && c & bit_AVX512VBMI;
+    return known;
 }
 
 #endif /* X86 */
@@ -784,7 +931,11 @@ int trapetum_gemv4(const float *x, const uint8_t *codes, const uint16_t *codeboo
 int trapetum_gemv8(const float *x, const uint8_t *codes, const uint16_t *codebook, int64_t n_codes, const float *bias,
                    float *y, int64_t in_features, int64_t out_features, int path, int threads) {
     Job job = {codes, codebook, n_codes, in_features, out_features, bias, x, NULL, y, TO_FP32};
-    in_parallel(&job, CHOOSE(path, bytes_portable, bytes_avx2, bytes_avx512, bytes_avx512), out_features, threads);
+    Work work = CHOOSE(path, bytes_portable, bytes_avx2, bytes_avx512, bytes_avx512);
+#if X86
+    if (path == PATH_AVX512VNNI && has_vbmi()) work = bytes_vbmi;
+#endif
+    in_parallel(&job, work, out_features, threads);
     return 0;
 }
 
@@ -793,7 +944,11 @@ int trapetum_dequantize(const uint8_t *codes, const uint16_t *codebook, int64_t 
                         int64_t in_features, int64_t out_features, int path, int threads) {
     Job job = {codes, codebook, n_codes, in_features, out_features, NULL, NULL, NULL, y, format};
     Work nibbles = CHOOSE(path, dequantize_portable, dequantize_avx2, dequantize_avx512, dequantize_avx512);
-    in_parallel(&job, bits == 8 ? dequantize_bytes : nibbles, bits == 8 ? out_features : count_tiles(&job), threads);
+    Work bytes = dequantize_bytes;
+#if X86
+    if (path == PATH_AVX512VNNI && has_vbmi()) bytes = dequantize_bytes_vbmi;
+#endif
+    in_parallel(&job, bits == 8 ? bytes : nibbles, bits == 8 ? out_features : count_tiles(&job), threads);
     return 0;
 }
 
