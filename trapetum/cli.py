@@ -1,0 +1,390 @@
+"""The command `trapetum`. Each command prints for a person, or JSON where `--json` is given.
+
+Exit codes: 0 done, 1 done but something failed (a chapter, a check), 2 the input cannot be used.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trapetum import __version__
+
+app = typer.Typer(
+    name="trapetum",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure why batch-1 LLM decode is memory-bound, and what 4-bit codebook weights buy.",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure kernels, bandwidth or decode; print the records.")
+app.add_typer(bench_app, name="bench")
+
+Profile = Annotated[str, typer.Option(help="How much is measured: smoke, quick or full.")]
+Device = Annotated[str, typer.Option(help="Where to measure: auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Save = Annotated[Path | None, typer.Option(help="Also append the records to this JSON Lines file.")]
+Model = Annotated[str, typer.Argument(help="builtin, a hub id, a directory, or random:<shape>.")]
+Stage = Annotated[str | None, typer.Option(help="naive, cast_free, and graph (CUDA) or lean (CPU).")]
+
+
+def _one_sentence(command: Callable) -> Callable:
+    """Bad input ends in one sentence and exit code 2; `TRAPETUM_TRACEBACK=1` shows where it came from."""
+
+    @wraps(command)
+    def guarded(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, RuntimeError, OSError, TypeError) as error:
+            if os.environ.get("TRAPETUM_TRACEBACK"):
+                raise
+            typer.echo(f"trapetum: {str(error).strip().splitlines()[0] if str(error) else error!r}", err=True)
+            raise typer.Exit(2) from error
+
+    return guarded
+
+
+def _command(parent: typer.Typer, example: str) -> Callable:
+    """Register a command with an example under its help."""
+
+    def register(function: Callable) -> Callable:
+        guarded = _one_sentence(function)
+        return parent.command(epilog=f"Example: {example}")(guarded)
+
+    return register
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"trapetum {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+# What this machine is
+
+
+@_command(app, "trapetum doctor --json")
+def doctor(json_output: Json = False) -> None:
+    """Say what this machine is, what can and cannot be measured on it, and why."""
+    import torch  # noqa: F401  (before the C kernel, so that both share one OpenMP runtime)
+
+    from trapetum import machine
+
+    device = machine.choose_device("auto")
+    described, capabilities = machine.describe(device), machine.capabilities()
+    if json_output:
+        report = {"device": described, "software": machine.software()}
+        report["capabilities"] = [c._asdict() for c in capabilities]
+        typer.echo(json.dumps(report, indent=1))
+        return
+    for name, value in described.items():
+        typer.echo(f"{name:>15}  {value}")
+    typer.echo()
+    for capability in capabilities:
+        typer.echo(f"{'yes' if capability.available else 'no':>4}  {capability.name}: {capability.why}")
+
+
+# The report
+
+
+@_command(app, "trapetum report --profile full --save-records")
+def report(
+    profile: Profile = "quick",
+    device: Device = "auto",
+    model: Annotated[str, typer.Option(help="The model that is quantized and evaluated.")] = "builtin",
+    only: Annotated[str | None, typer.Option(help="Chapters, e.g. 01,03,07.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up the last run (or --out).")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    save_records: Annotated[
+        bool, typer.Option("--save-records", help="Also append the records to data/records/.")
+    ] = False,
+) -> None:
+    """Execute the notebooks on this machine and bind them into one HTML page."""
+    from trapetum import bench, machine
+    from trapetum import report as reporting
+
+    bench.sizes(profile, "cpu")  # refuses an unknown profile
+    chosen = machine.choose_device(device)
+    request = reporting.Request(profile, chosen, model, reporting.choose_chapters(only))
+    if resume:
+        folder = out or reporting.latest_folder()
+    else:
+        folder = out or reporting.new_folder(chosen)
+        if (folder / "run.json").exists():
+            raise reporting.ReportError(
+                f"{folder} already holds a run; add --resume or choose another --out."
+            )
+    failed = reporting.run(request, folder.absolute(), resume, typer.echo)
+    if save_records:
+        typer.echo(f"Records appended to {os.path.relpath(reporting.save_records(folder))}")
+    typer.echo(f"Report: {os.path.relpath(folder / 'report.html')}")
+    if failed:
+        typer.echo(f"trapetum: {reporting.failures_as_text(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+# Bench
+
+
+def _print_records(found: list, json_output: bool, save: Path | None) -> None:
+    from trapetum import records
+
+    if save:
+        records.append(save, found)
+    if json_output:
+        typer.echo(json.dumps([json.loads(records.to_json(r)) for r in found], indent=1))
+        return
+    if not found:
+        typer.echo("nothing could be measured; `trapetum doctor` says why.")
+        return
+    keys = [
+        key
+        for key in (
+            "stage",
+            "in_features",
+            "out_features",
+            "bits",
+            "l2",
+            "chain",
+            "path",
+            "threads",
+            "linears",
+        )
+        if any(key in r.config for r in found)
+    ]
+    header = ["quantity", "method", *keys, "median", "p20", "p80", "n", "GB/s", ""]
+    rows = [header, *(_row(record, keys) for record in found)]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for reason in sorted({r.why_suspect for r in found if r.suspect}):
+        typer.echo(f"suspect: {reason}")
+
+
+def _row(record, keys: list[str]) -> list[str]:
+    from trapetum import records
+
+    def number(value) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    bandwidth = records.implied_gbps(record)
+    return [
+        record.quantity,
+        record.method,
+        *(str(record.config.get(key, "")) for key in keys),
+        f"{number(record.value)} {record.unit}",
+        number(record.p20),
+        number(record.p80),
+        str(record.n),
+        number(bandwidth),
+        "suspect" if record.suspect else "",
+    ]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(f"{text!r} is no shape; write in x out, e.g. 4096x11008.")
+    return int(parts[0]), int(parts[1])
+
+
+Bits = Annotated[list[int] | None, typer.Option(help="Bits of the codebook weights; may be repeated.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Only these methods; may be repeated.")]
+
+
+@_command(bench_app, "trapetum bench gemv --shape 4096x4096 --bits 4 --l2 cold")
+def gemv(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="IN x OUT, e.g. 4096x11008; may be repeated.")
+    ] = None,
+    bits: Bits = None,
+    method: Methods = None,
+    l2: Annotated[str, typer.Option(help="cold, warm or both.")] = "both",
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Time one matrix-vector product in every method, in the same process."""
+    from trapetum import bench
+
+    states = {"both": ("cold", "warm"), "cold": ("cold",), "warm": ("warm",)}
+    if l2 not in states:
+        raise ValueError(f"--l2 is {l2!r}; choose cold, warm or both.")
+    shapes = [_shape(s) for s in shape] if shape else None
+    _print_records(bench.gemv(device, shapes, method, bits, states[l2], profile), json_output, save)
+
+
+@_command(bench_app, "trapetum bench bandwidth --device cpu")
+def bandwidth(
+    profile: Profile = "quick", device: Device = "auto", json_output: Json = False, save: Save = None
+) -> None:
+    """Measure the read bandwidth: the roof that every decode kernel stands under."""
+    from trapetum import bench
+
+    _print_records(bench.bandwidth(device, profile), json_output, save)
+
+
+@_command(bench_app, "trapetum bench decode --model random:llama-2-7b --stage graph")
+def decode(
+    model: Annotated[str | None, typer.Option(help="As for generate; default by device.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only these stages; may be repeated.")] = None,
+    method: Methods = None,
+    bits: Bits = None,
+    new_tokens: Annotated[int | None, typer.Option("-n", min=2, help="Tokens a run.")] = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Measure decode speed and memory, each method at each stage."""
+    from trapetum import bench
+
+    found = bench.decode(model, device, stage, profile, new_tokens, method, bits or (4,))
+    _print_records(found, json_output, save)
+
+
+# Models
+
+
+@_command(app, "trapetum quantize builtin out/builtin-4bit --bits 4 --method kmeans")
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new directory for the quantized model.")],
+    bits: Annotated[int, typer.Option(help="8, 4, 3 or 2.")] = 4,
+    method: Annotated[str, typer.Option(help="rtn, nf4, lloyd, kmeans or kmeans-weighted.")] = "kmeans",
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Text for methods that need data: a file, a dataset, or builtin.")
+    ] = None,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Quantize a model to codebooks and save it as safetensors that transformers can load."""
+    from trapetum import machine, models
+
+    loaded = models.load(model, machine.choose_device(device))
+    calibration = _calibration(loaded, calibrate)
+    done = models.quantize_model(
+        loaded.model, bits, method, lm_head=lm_head, calibration=calibration, progress=not json_output
+    )
+    folder = models.save(loaded.model, loaded.tokenizer, out)
+    if json_output:
+        typer.echo(json.dumps(asdict(done) | {"out": str(folder)}, indent=1))
+        return
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    typer.echo(f"{len(done.errors)} layers, {bits} bits, {method}: {done.seconds:.1f} s")
+    typer.echo(f"mean relative squared weight error {done.mean_error:.3e}")
+    typer.echo(f"{folder}: {size / 1e6:.2f} MB of safetensors")
+
+
+def _calibration(loaded, spec: str | None, sequences: int = 32, length: int = 512):
+    """Rows of token ids from the start of a text, or None where none is asked for."""
+    if spec is None:
+        return None
+    import torch
+
+    from trapetum.text import load_text
+
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.name} has no tokenizer, so it cannot be calibrated on a text.")
+    text = load_text(spec, max_chars=8 * sequences * length)
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[0][: sequences * length]
+    rows = [row for row in torch.split(ids, length) if len(row) > 1]
+    return [row.to(loaded.model.device) for row in rows]
+
+
+@_command(app, 'trapetum generate builtin --prompt "Return a" -n 60')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "Return a",
+    new_tokens: Annotated[int, typer.Option("-n", min=2, help="Tokens to make.")] = 64,
+    stage: Stage = None,
+    bits: Annotated[int | None, typer.Option(help="Quantize to so many bits first.")] = None,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Generate greedily, streaming the text; then say tok/s, GB/s and J/token."""
+    from trapetum import generation
+
+    say = (lambda piece: None) if json_output else _write_piece
+    result = generation.run(model, prompt, new_tokens, stage, bits, device, say)
+    if json_output:
+        typer.echo(json.dumps(asdict(result), indent=1))
+        return
+    typer.echo("\n")
+    typer.echo(generation.describe(result))
+
+
+def _write_piece(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+@_command(app, "trapetum perplexity builtin")
+def perplexity(
+    model: Model = "builtin",
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A dataset, e.g. wikitext-2.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens a forward pass sees.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default half a window.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only so many tokens.")] = None,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Measure perplexity, and say over which window, stride and tokens."""
+    from trapetum import generation, machine, models
+    from trapetum.perplexity import perplexity as measure
+    from trapetum.text import load_text
+
+    if text and dataset:
+        raise ValueError("give --text or --dataset, not both.")
+    loaded = models.load(model, machine.choose_device(device))
+    content = load_text(str(text) if text else dataset or "builtin")
+    ids = generation.encode(loaded, content)
+    began = time.perf_counter()
+    found = measure(loaded.model, ids, window, stride or max(1, window // 2), max_tokens)
+    if json_output:
+        typer.echo(json.dumps(asdict(found), indent=1))
+        return
+    low, high = found.interval
+    typer.echo(f"perplexity {found.value:.4f} (95 % interval {low:.4f} to {high:.4f})")
+    typer.echo(
+        f"window {found.window}, stride {found.stride}, {found.tokens} tokens scored, {time.perf_counter() - began:.1f} s"
+    )
+
+
+@_command(app, "trapetum verify")
+def verify(json_output: Json = False) -> None:
+    """Check that every number cited in the README and the notebooks is a record's, and not a stale one's."""
+    from trapetum import verify as checking
+
+    citations, problems = checking.verify()
+    if json_output:
+        typer.echo(json.dumps({"citations": len(citations), "problems": problems}, indent=1))
+    else:
+        for problem in problems:
+            typer.echo(problem, err=True)
+        typer.echo(f"{len(citations)} cited numbers, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `trapetum` command."""
+    app()
