@@ -1,0 +1,274 @@
+"""Train the built-in model: a small Llama and its tokenizer, from text that ships with every Python.
+
+    python -m trapetum.builtin --out data/model --seconds 200
+
+writes `model.safetensors` (bf16), `config.json`, `tokenizer.json` and `tokenizer_config.json`, a log of the run
+(`training.jsonl`) and its summary (`training.json`), then prints held-out perplexities and what greedy decoding says.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from trapetum import pretraining, text
+from trapetum.build import write_atomically
+from trapetum.perplexity import perplexity
+from trapetum.pretraining import Recipe
+from trapetum.shapes import MODELS, ModelShape
+from trapetum.training_text import encode_parts, make_tokenizer, prepare_texts, tokenizer_texts
+
+PROMPTS = (
+    "Return a",
+    "The :mod:",
+    "class ",
+    'The "with" statement',
+    'def read(self, size=-1):\n    """',
+    "Raises ValueError if",
+)
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.jsonl",
+    "training.json",
+    "model.safetensors",
+)
+# Sizes for tests and for trying the notebook on a CPU.
+TINY = ModelShape(
+    name="builtin-tiny",
+    hidden=64,
+    layers=2,
+    intermediate=160,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab=512,
+    tied_embeddings=True,
+    source="this project",
+)
+
+
+def make_model(shape: ModelShape, context: int, seed: int = 0):
+    """A `LlamaForCausalLM` of a shape with fresh float32 weights, for sequences of `context` tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        max_position_embeddings=context,
+        tie_word_embeddings=shape.tied_embeddings,
+        rms_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(
+    out_dir: str | Path,
+    recipe: Recipe | None = None,
+    shape: ModelShape | None = None,
+    device: str = "auto",
+    stdlib: Path | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict:
+    """Train the built-in model from scratch and save it.
+
+    Args:
+        out_dir: where the files named in `FILES` go; existing ones are replaced at the end.
+        recipe: time, rates and mix; by default `Recipe()`, meant for one data-centre GPU.
+        shape: by default `MODELS["builtin"]`.
+        device: `auto`, `cpu` or `cuda`.
+        stdlib, limit: as in `prepare_texts`.
+        progress: print a line per evaluation.
+
+    Returns:
+        the summary that `training.json` holds: recipe, text and token counts, the log's best row, the held-out
+        perplexity by kind with window, stride and tokens, samples, and the Python that the text came from.
+
+    Raises:
+        ValueError: too little text for the context.
+    """
+    started = time.monotonic()
+    recipe, shape = recipe or Recipe(), shape or MODELS["builtin"]
+    device = _device(device)
+    say = print if progress else (lambda *_: None)
+    texts = prepare_texts(stdlib, limit)
+    tokenizer = make_tokenizer(tokenizer_texts(texts["train"]), shape.vocab)
+    tokenizer.model_max_length = recipe.context
+    streams = _to_device(encode_parts(tokenizer, texts), device)
+    say(f"text read, tokenizer trained and text encoded in {time.monotonic() - started:.1f} s")
+    for kind, stream in streams["train"].items():
+        say(f"  {kind}: {sum(map(len, texts['train'][kind])) / 1e6:.2f} MB, {len(stream) / 1e6:.2f} M tokens")
+    model = make_model(shape, recipe.context, recipe.seed).to(device)
+    rows: list[dict] = []
+    best = pretraining.run(model, streams, recipe, started, _logger(rows, say))
+    model = model.to(torch.bfloat16).eval()
+    model.config.dtype = torch.bfloat16
+    model.config.architectures = ["LlamaForCausalLM"]
+    summary = _summary(recipe, shape, texts, streams, best, rows, device)
+    summary["perplexity"] = heldout_perplexity(model, streams["heldout"], recipe.context)
+    summary["samples"] = samples(model, tokenizer)
+    _save(Path(out_dir), model, tokenizer, rows, summary)
+    return summary
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU here; use --device cpu.")
+    return device
+
+
+def _to_device(streams: Mapping, device: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {part: {kind: s.to(device) for kind, s in kinds.items()} for part, kinds in streams.items()}
+
+
+def _logger(rows: list[dict], say):
+    def log(row: dict) -> None:
+        rows.append(row)
+        train_loss = f"{row['train_loss']:.3f}" if row["train_loss"] is not None else "-"
+        say(
+            f"step {row['step']:5d}  {row['seconds']:6.1f} s  {row['tokens'] / 1e6:6.1f} M tokens  "
+            f"rate {row['learning_rate']:.1e}  train {train_loss}  "
+            f"validation {row['validation_loss']:.3f}  held out {row['heldout_loss']:.3f}",
+        )
+
+    return log
+
+
+def _summary(recipe, shape, texts, streams, best, rows, device) -> dict:
+    last = rows[-1]
+    return {
+        "shape": shape.name,
+        "recipe": asdict(recipe) | {"mix": dict(recipe.mix), "final_mix": dict(recipe.final_mix)},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "characters": {
+            part: {k: sum(map(len, t)) for k, t in kinds.items()} for part, kinds in texts.items()
+        },
+        "tokens": {part: {k: len(s) for k, s in kinds.items()} for part, kinds in streams.items()},
+        "heldout_sha256": text.text_sha256(
+            "\n\n".join(t for kind in text.KINDS for t in texts["heldout"][kind])
+        ),
+        "kept": best,
+        "trained_tokens": last["tokens"],
+        "seconds": last["seconds"],
+    }
+
+
+def heldout_perplexity(model, streams: Mapping[str, torch.Tensor], context: int) -> dict[str, dict]:
+    """Perplexity by kind of held-out text: value, interval, window, stride, tokens, and tokens a character apart."""
+    found = {}
+    for kind, stream in streams.items():
+        if len(stream) > context:
+            p = perplexity(model, stream, window=context, stride=context)
+            found[kind] = {k: v for k, v in asdict(p).items() if k not in ("nll", "counts")}
+    return found
+
+
+@torch.inference_mode()
+def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, new_tokens: int = 80) -> dict[str, str]:
+    """Greedy continuations: prompt -> what the model adds."""
+    found = {}
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
+        room = model.config.max_position_embeddings - ids.shape[1]
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(new_tokens, room),
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        found[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return found
+
+
+def _save(out_dir: Path, model, tokenizer, rows: Sequence[dict], summary: dict) -> None:
+    """Write everything under temporary names, the weights last."""
+    from safetensors.torch import save
+
+    shared = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if k not in shared}
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    found["training.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    found["training.json"] = (json.dumps(summary, indent=1) + "\n").encode()
+    found["model.safetensors"] = save(weights, metadata={"format": "pt"})
+    for name in FILES:
+        write_atomically(out_dir / name, found[name])
+        (out_dir / name).chmod(0o644)
+
+
+def read_log(directory: str | Path) -> list[dict]:
+    """The rows of a run's `training.jsonl`."""
+    return [json.loads(line) for line in (Path(directory) / "training.jsonl").read_text().splitlines()]
+
+
+def report(summary: Mapping) -> str:
+    """Held-out perplexities and samples of a run, for a terminal."""
+    lines = [f"kept step {summary['kept']['step']}, validation loss {summary['kept']['validation_loss']:.4f}"]
+    for kind, p in summary["perplexity"].items():
+        low, high = p["interval"]
+        lines.append(
+            f"held-out {kind}: perplexity {p['value']:.2f} ({low:.2f} to {high:.2f}), "
+            f"window {p['window']}, stride {p['stride']}, {p['tokens']} tokens"
+        )
+    for prompt, said in summary["samples"].items():
+        lines.append(f"--- {prompt!r}\n{prompt}{said}")
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trapetum.builtin", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument(
+        "--seconds", type=float, default=Recipe.seconds, help="wall time of the run (default 200)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps instead of a time; then a seed fixes the result on a CPU"
+    )
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="sequences a step")
+    parser.add_argument("--context", type=int, default=Recipe.context, help="tokens a sequence")
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--stdlib", type=Path, help="folder of another installation's standard library")
+    parser.add_argument(
+        "--limit", type=int, help="at most this many characters of each kind of text, for trials"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, for trials")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command line of `python -m trapetum.builtin`."""
+    args = vars(_arguments())
+    out, device, stdlib, limit = (args.pop(name) for name in ("out", "device", "stdlib", "limit"))
+    shape = TINY if args.pop("tiny") else None
+    print(report(train(out, replace(Recipe(), **args), shape, device, stdlib, limit)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""A short training run of a small language model on little text, made to stop before it learns the text by heart.
+
+The learning rate is held until the validation loss stops falling or most of the time is gone, then goes to zero; the
+weights with the lowest validation loss are kept. While the rate falls, the mix leans to documentation. AdamW's weight
+decay is several times the usual, because every text is seen many times.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a run, apart from the data and the shape.
+
+    Attributes:
+        seconds: wall time for the whole run, data preparation included; ignored where `steps` is given.
+        steps: optimizer steps; None to go by `seconds`.
+        batch, context: sequences a step, and tokens a sequence.
+        learning_rate, weight_decay, betas, warmup_steps, clip: AdamW's, the norm at which gradients are clipped.
+        hold: share of the run at the full rate, unless the validation loss stops falling before.
+        eval_every, patience: steps between evaluations; evaluations without progress that end the hold.
+        mix, final_mix: share of the sequences by kind of text, while holding and while the rate falls.
+        seed: of initial weights and sampling.
+    """
+
+    seconds: float = 200.0
+    steps: int | None = None
+    batch: int = 64
+    context: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 200
+    clip: float = 1.0
+    hold: float = 0.7
+    eval_every: int = 200
+    patience: int = 8
+    mix: Mapping[str, float] = field(
+        default_factory=lambda: {"topics": 0.05, "docstrings": 0.25, "sources": 0.45, "tests": 0.25}
+    )
+    final_mix: Mapping[str, float] = field(
+        default_factory=lambda: {"topics": 0.1, "docstrings": 0.45, "sources": 0.4, "tests": 0.05}
+    )
+    seed: int = 0
+
+    def __post_init__(self):
+        """Fit warm-up and evaluations into a run of few steps."""
+        if self.steps is not None:
+            tenth = max(1, self.steps // 10)
+            object.__setattr__(self, "warmup_steps", min(self.warmup_steps, tenth))
+            object.__setattr__(self, "eval_every", min(self.eval_every, tenth))
+
+
+def rows_by_kind(mix: Mapping[str, float], kinds, batch: int) -> dict[str, int]:
+    """Sequences of each kind in a batch, by largest remainder over the kinds that there are."""
+    wanted = {kind: mix.get(kind, 0.0) for kind in kinds}
+    total = sum(wanted.values())
+    exact = {kind: batch * share / total for kind, share in wanted.items()}
+    rows = {kind: int(value) for kind, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda kind: rows[kind] - exact[kind])
+    for kind in by_remainder[: batch - sum(rows.values())]:
+        rows[kind] += 1
+    return rows
+
+
+class Sampler:
+    """Draws batches at random places of token streams that live on the device.
+
+    Args:
+        streams: kind -> token ids, int32, one dimension, longer than `context`.
+        context: tokens a sequence.
+        seed: of the places.
+    """
+
+    def __init__(self, streams: Mapping[str, torch.Tensor], context: int, seed: int):
+        self.streams = {kind: stream for kind, stream in streams.items() if len(stream) > context + 1}
+        if not self.streams:
+            raise ValueError(f"no text is longer than a sequence of {context} tokens; give more text.")
+        self.device = next(iter(self.streams.values())).device
+        self.reach = torch.arange(context + 1, device=self.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def draw(self, mix: Mapping[str, float], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, int64 [batch, context]."""
+        parts = []
+        for kind, rows in rows_by_kind(mix, self.streams, batch).items():
+            stream = self.streams[kind]
+            high = len(stream) - len(self.reach) + 1
+            start = torch.randint(high, (rows, 1), generator=self.generator, device=self.device)
+            parts.append(stream[start + self.reach])
+        drawn = torch.cat(parts).long()
+        return drawn[:, :-1], drawn[:, 1:]
+
+
+class Schedule:
+    """Warm up, hold, then fall to zero over a time in proportion to the hold.
+
+    The fall starts at `hold` of the run or when the validation loss has not improved for `patience` evaluations.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.fall_at, self.best, self.stale = recipe, None, math.inf, 0
+
+    def tick(self, step: int, progress: float) -> None:
+        """Start the fall when `progress`, the share of the run that is gone, says so."""
+        if self.fall_at is None and (progress >= self.recipe.hold or self.stale >= self.recipe.patience):
+            self.fall_at = max(1, step)
+
+    def observe(self, loss: float) -> None:
+        """Take a validation loss, nats per token, into account."""
+        improved = loss < self.best - 2e-3
+        self.best, self.stale = (loss, 0) if improved else (self.best, self.stale + 1)
+
+    @property
+    def fall_steps(self) -> int:
+        return max(1, round(self.fall_at * (1 - self.recipe.hold) / self.recipe.hold * 0.97))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        warm = min(1.0, (step + 1) / self.recipe.warmup_steps)
+        fall = 1.0 if self.fall_at is None else max(0.0, 1 - (step - self.fall_at) / self.fall_steps)
+        return self.recipe.learning_rate * min(warm, fall)
+
+    def done(self, step: int) -> bool:
+        return self.fall_at is not None and step >= self.fall_at + self.fall_steps
+
+
+def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    on_gpu = matrices[0].device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=on_gpu)
+
+
+def _loss(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.device.type == "cuda"):
+        logits = model(input_ids=inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, stream: torch.Tensor, context: int, sequences: int = 48) -> float:
+    """Mean loss in nats per token over evenly spaced sequences of a stream."""
+    count = min(sequences, (len(stream) - 1) // context)
+    starts = torch.linspace(0, len(stream) - context - 1, count, device=stream.device).long()
+    rows = stream[starts[:, None] + torch.arange(context + 1, device=stream.device)].long()
+    parts = [_loss(model, r[:, :-1], r[:, 1:]) * len(r) for r in rows.split(16)]
+    return float(sum(parts) / count)
+
+
+def evaluate(model: torch.nn.Module, streams: Mapping[str, torch.Tensor], context: int) -> dict[str, float]:
+    """`mean_loss` by kind, of the kinds that fill a sequence, in evaluation mode."""
+    model.eval()
+    found = {kind: mean_loss(model, s, context) for kind, s in streams.items() if len(s) > context + 1}
+    model.train()
+    if not found:
+        raise ValueError(
+            f"no text to evaluate on is longer than a sequence of {context} tokens; give more text."
+        )
+    return found
+
+
+def _step(model, optimizer, batch, rate: float, clip: float) -> torch.Tensor:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = _loss(model, *batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def _keep(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        kept[name] = value.detach().clone()
+
+
+def run(
+    model: torch.nn.Module,
+    streams: Mapping[str, Mapping[str, torch.Tensor]],
+    recipe: Recipe,
+    started: float,
+    log: Callable[[dict], None],
+) -> dict:
+    """Train a model in place and leave it with the weights of the lowest validation loss.
+
+    Args:
+        model: causal language model of transformers, float32 weights, on its device.
+        streams: `train`, `validation` and `heldout`, each kind -> token ids on the same device. Held-out losses are
+            logged and decide nothing.
+        recipe: the run.
+        started: `time.monotonic()` when the run's clock began.
+        log: called with each row: step, tokens, seconds, learning_rate, train_loss, validation_loss, heldout_loss.
+
+    Returns:
+        the row of the weights kept.
+    """
+    sampler = Sampler(streams["train"], recipe.context, recipe.seed)
+    optimizer, schedule = _optimizer(model, recipe), Schedule(recipe)
+    kept, best = {}, None
+    loop_started, step, losses = time.monotonic(), 0, []
+    model.train()
+    while True:
+        if step % recipe.eval_every == 0 or schedule.done(step):
+            row = _row(model, streams, recipe, schedule, started, step, losses)
+            log(row)
+            losses = []
+            if best is None or row["validation_loss"] < best["validation_loss"]:
+                best = row
+                _keep(model, kept)
+            if schedule.done(step):
+                break
+            schedule.observe(row["validation_loss"])
+        schedule.tick(step, _progress(recipe, step, started, loop_started))
+        falling = schedule.fall_at is not None
+        batch = sampler.draw(recipe.final_mix if falling else recipe.mix, recipe.batch)
+        losses.append(_step(model, optimizer, batch, schedule.rate(step), recipe.clip))
+        step += 1
+    model.load_state_dict(kept)
+    return best
+
+
+def _progress(recipe: Recipe, step: int, started: float, loop_started: float) -> float:
+    """Share of the run that is gone; by time, it counts the loop's share of what preparation left."""
+    if recipe.steps is not None:
+        return step / recipe.steps
+    now, end = time.monotonic(), started + recipe.seconds
+    return (now - loop_started) / max(1e-9, end - loop_started)
+
+
+def _row(model, streams, recipe, schedule, started, step, losses) -> dict:
+    validation = evaluate(model, streams["validation"], recipe.context)
+    heldout = evaluate(model, streams["heldout"], recipe.context)
+    return {
+        "step": step,
+        "tokens": step * recipe.batch * recipe.context,
+        "seconds": round(time.monotonic() - started, 2),
+        "learning_rate": schedule.rate(step),
+        "train_loss": float(torch.stack(losses).mean()) if losses else None,
+        "validation_loss": sum(validation.values()) / len(validation),
+        "heldout_loss": sum(heldout.values()) / len(heldout),
+        "heldout_loss_by_kind": heldout,
+    }
