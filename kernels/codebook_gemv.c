@@ -734,17 +734,17 @@ typedef struct {
     __m512i low[4], high[4];
 } ByteTables;
 
+VBMI INLINE __m512i low_bytes(__m512i first, __m512i second) {
+    __m512i joined = _mm512_castsi256_si512(_mm512_cvtepi16_epi8(first));
+    return _mm512_inserti64x4(joined, _mm512_cvtepi16_epi8(second), 1);
+}
+
 VBMI INLINE ByteTables byte_tables(const uint16_t *entries) {
-    const __m512i steps = _mm512_set_epi8(
-        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35,
-        34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4,
-        3, 2, 1, 0);
-    const __m512i even = _mm512_add_epi8(steps, steps), odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
     ByteTables t;
     for (int s = 0; s < 4; s++) {
         __m512i a = _mm512_loadu_si512(entries + 64 * s), b = _mm512_loadu_si512(entries + 64 * s + 32);
-        t.low[s] = _mm512_permutex2var_epi8(a, even, b);
-        t.high[s] = _mm512_permutex2var_epi8(a, odd, b);
+        t.low[s] = low_bytes(a, b);
+        t.high[s] = low_bytes(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
     }
     return t;
 }
@@ -774,7 +774,8 @@ VBMI INLINE void multiply_64(const ByteTables *t, __m512i codes, int wide, const
     }
 }
 
-VBMI INLINE float bytes_row_vbmi(const Job *job, const uint8_t *codes, const ByteTables *t, int wide, const float *tail) {
+VBMI INLINE float bytes_row_vbmi(const Job *job, const uint8_t *codes, const ByteTables *t, int wide,
+                                 const float *tail) {
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     int64_t i = 0;
     for (; i + 64 <= job->in_features; i += 64) {
@@ -795,7 +796,8 @@ VBMI static void bytes_vbmi(const Job *job, int64_t begin, int64_t end) {
         const uint8_t *codes = job->codes + row * job->in_features;
         memcpy(entries, row_codebook(job, row), (size_t)job->n_codes * 2);
         ByteTables t = byte_tables(entries);
-        float sum = job->n_codes > 64 ? bytes_row_vbmi(job, codes, &t, 1, tail) : bytes_row_vbmi(job, codes, &t, 0, tail);
+        float sum = job->n_codes > 64 ? bytes_row_vbmi(job, codes, &t, 1, tail)
+                                      : bytes_row_vbmi(job, codes, &t, 0, tail);
         y[row] = (job->bias ? job->bias[row] : 0.0f) + sum;
     }
 }
@@ -880,7 +882,10 @@ int trapetum_has_openmp(void) {
 /* The entry of `table` for a path; without x86 there is only the portable one. */
 #if X86
 #define CHOOSE(path, portable, avx2, avx512bw, avx512vnni)                                                           \
-    ((path) == PORTABLE ? (portable) : (path) == PATH_AVX2 ? (avx2) : (path) == PATH_AVX512BW ? (avx512bw) : (avx512vnni))
+    ((path) == PORTABLE        ? (portable)                                                                          \
+     : (path) == PATH_AVX2     ? (avx2)                                                                              \
+     : (path) == PATH_AVX512BW ? (avx512bw)                                                                          \
+                               : (avx512vnni))
 #else
 #define CHOOSE(path, portable, avx2, avx512bw, avx512vnni) (portable)
 #endif
