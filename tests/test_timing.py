@@ -32,6 +32,7 @@ def test_copies_cover_the_rotation_and_respect_memory():
     assert timing.copies_for(8 * MIB, "cpu", cache=32 * MIB, free=16 << 30) == 16
     assert timing.copies_for(900 * MIB, "cuda", cache=50 * MIB, free=16 << 30) == 2
     assert timing.copies_for(8 * MIB, "cpu", cache=32 * MIB, free=256 * MIB) == 8
+    assert timing.copies_for(8 * MIB, "cpu", cache=32 * MIB, free=16 << 30, among=4) == 8
     with pytest.raises(MemoryError, match="choose a smaller shape"):
         timing.copies_for(8 * MIB, "cpu", cache=32 * MIB, free=12 * MIB)
 
@@ -58,9 +59,9 @@ def test_times_are_per_call_in_microseconds():
     assert 5000 <= min(samples["nap"]) < 50_000
 
 
-def test_budget_ends_the_rounds_but_not_before_two():
+def test_budget_ends_the_rounds_but_not_before_three():
     samples = timing.interleaved_us({"nap": [lambda: time.sleep(0.01)]}, rounds=100, budget_s=0.0)
-    assert len(samples["nap"]) == 2
+    assert len(samples["nap"]) == 3
 
 
 def test_warm_case_runs_once_untimed():

@@ -28,7 +28,7 @@ class EnergyReading:
         joules: gross energy of the window.
         seconds: length of the window.
         mean_w: mean power, `joules / seconds`.
-        method: "nvml-total-energy" or "rapl".
+        method: "nvml-total-energy", "nvml-power-trace" or "rapl".
         units: how many units of work (tokens) were done in it.
         idle_w: idle power, if it was measured.
         trace_joules: the same energy from the integrated power trace, None where there is none.
@@ -93,6 +93,25 @@ class NvmlCounter:
             return self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
         except self._nvml.NVMLError:
             return None
+
+
+class NvmlPowerTrace(NvmlCounter):
+    """The power sensor of a GPU without an energy counter, integrated by trapezes between calls of `joules`."""
+
+    method = "nvml-power-trace"
+
+    def __init__(self, index: int = 0):
+        self._nvml, self._handle = _nvml_handle(index)
+        self._total_j, self._at_s, self._last_w = 0.0, time.perf_counter(), self.watts()
+        if self._last_w is None:
+            raise NoEnergyCounter("this GPU has neither an energy counter nor a power sensor.")
+
+    def joules(self) -> float:
+        """Joules since this object was made; steps of up to a second are only as good as the power in between."""
+        now_s, watts = time.perf_counter(), self.watts()
+        self._total_j += (watts + self._last_w) / 2 * (now_s - self._at_s)
+        self._at_s, self._last_w = now_s, watts
+        return self._total_j
 
 
 def _nvml_handle(index: int):
@@ -171,7 +190,12 @@ def find_counter(device: str) -> Counter:
     Raises:
         NoEnergyCounter: there is none that can be read; the message says why.
     """
-    return NvmlCounter() if device == "cuda" else RaplCounter()
+    if device == "cpu":
+        return RaplCounter()
+    try:
+        return NvmlCounter()
+    except NoEnergyCounter:
+        return NvmlPowerTrace()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ GPU_FLOOR_BYTES = 256 << 20
 MEMORY_SHARE = 0.25  # of the free memory, for the copies of one case
 WARM_UP_S = 0.03
 FEWER_MUST_WIN_BY = 1.10
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def rotation_bytes(device: str, cache: int | None = None) -> int:
     return int(max(CPU_MARGIN * cache, min(COLD_CACHES * cache, CPU_ROTATION_BYTES)))
 
 
-def copies_for(nbytes: int, device: str, cache: int | None = None, free: int | None = None) -> int:
+def copies_for(
+    nbytes: int, device: str, cache: int | None = None, free: int | None = None, among: int = 1
+) -> int:
     """How many distinct copies of a weight to rotate over so that none is found in the cache.
 
     Args:
@@ -115,6 +118,8 @@ def copies_for(nbytes: int, device: str, cache: int | None = None, free: int | N
         device: "cpu" or "cuda".
         cache: bytes of the cache (asked from the machine when None).
         free: bytes of free memory (asked when None); at most a quarter is used.
+        among: how many cases of about the same bytes take turns in the same rounds. Then all of their weights pass
+            through the cache before one is met again, so together they rotate over twice `rotation_bytes`.
 
     Returns:
         at least 2 copies; fewer than the rotation needs only where memory does not allow it.
@@ -123,8 +128,9 @@ def copies_for(nbytes: int, device: str, cache: int | None = None, free: int | N
         MemoryError: not even two copies fit.
     """
     free = free_bytes(device) if free is None else free
-    wanted = max(2, math.ceil(rotation_bytes(device, cache) / nbytes))
-    fitting = int(MEMORY_SHARE * free / nbytes)
+    share = min(1.0, 2 / among)
+    wanted = max(2, math.ceil(share * rotation_bytes(device, cache) / nbytes))
+    fitting = int(MEMORY_SHARE * free / among / nbytes)
     if fitting < 2 and free < 2 * nbytes:
         raise MemoryError(
             f"two copies of {nbytes / 1e9:.2f} GB do not fit the {free / 1e9:.2f} GB that are free "
@@ -226,7 +232,7 @@ def interleaved_us(
     Args:
         cases: by name, a `Case` or just its calls.
         rounds: timed rounds; one more comes first and is dropped.
-        budget_s: stop after the round that passes this many seconds (at least two timed rounds are made).
+        budget_s: stop after the round that passes this many seconds (at least three timed rounds are made).
 
     Returns:
         by name, microseconds per call, one value per round; entry i of every list comes from the same round.
@@ -244,7 +250,7 @@ def interleaved_us(
         for turn in range(rounds + 1):
             for name, case in every.items():
                 samples[name].append(_turn_us(case))
-            if turn >= 2 and time.perf_counter() > end:
+            if turn >= MIN_ROUNDS and time.perf_counter() > end:
                 break
     finally:
         torch.set_num_threads(threads)

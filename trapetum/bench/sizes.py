@@ -1,0 +1,80 @@
+"""How much each profile measures: every size of the bench in one place."""
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one profile on one device.
+
+    Attributes:
+        shapes: (in_features, out_features) of the products.
+        bits: bits of the codebook weights.
+        read_bytes: buffer of the read-bandwidth probe.
+        repeats: graph replays (GPU) or rounds (CPU) per figure.
+        budget_s: seconds after which a CPU stops starting rounds, per shape.
+        model: the model that is decoded.
+        new_tokens, prompt_tokens, runs: decode: tokens per run, length of the prompt, timed runs.
+        token_budget_s: a decode on a slow stage is cut to the tokens that fit this many seconds.
+        energy_s: length of one energy window; below 5 s the counter's step is no longer small beside it.
+        idle_s: length of the idle window.
+        text_tokens, window, stride: perplexity.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    bits: tuple[int, ...]
+    read_bytes: int
+    repeats: int
+    budget_s: float
+    model: str
+    new_tokens: int
+    prompt_tokens: int
+    runs: int
+    token_budget_s: float
+    energy_s: float
+    idle_s: float
+    text_tokens: int
+    window: int = 512
+    stride: int = 256
+
+
+_LLAMA_LIKE = ((4096, 4096), (11008, 4096), (4096, 11008))
+_SMOKE = dict(new_tokens=4, prompt_tokens=4, runs=1, token_budget_s=2.0, energy_s=0.3, idle_s=0.2)
+_QUICK = dict(prompt_tokens=4, runs=1, energy_s=1.5, idle_s=1.0, text_tokens=8192)
+_FULL = dict(new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, text_tokens=65536)
+
+
+def _sizes() -> dict[tuple[str, str], Sizes]:
+    from trapetum.shapes import GEMV_SHAPES, QUICK_SHAPES
+
+    every, quick = tuple(map(tuple, GEMV_SHAPES)), tuple(map(tuple, QUICK_SHAPES))
+    cpu, gpu = "random:llama-0.9b", "random:llama-2-7b"
+    smoke = dict(model="random:llama-tiny", text_tokens=512, window=128, stride=64, **_SMOKE)
+    return {
+        ("smoke", "cpu"): Sizes(((1024, 1024),), (4,), GIB // 16, 3, 1.0, **smoke),
+        ("smoke", "cuda"): Sizes(((1024, 1024),), (4, 2), GIB // 4, 5, 1.0, **smoke),
+        ("quick", "cpu"): Sizes(
+            _LLAMA_LIKE, (4,), GIB // 2, 7, 2.5, cpu, new_tokens=16, token_budget_s=2.0, **_QUICK
+        ),
+        ("quick", "cuda"): Sizes(
+            quick, (8, 4, 3, 2), GIB, 15, 2.5, gpu, new_tokens=128, token_budget_s=10.0, **_QUICK
+        ),
+        ("full", "cpu"): Sizes(every, (8, 4), GIB, 15, 20.0, cpu, token_budget_s=30.0, **_FULL),
+        ("full", "cuda"): Sizes(every, (8, 4, 3, 2), 4 * GIB, 25, 20.0, gpu, token_budget_s=60.0, **_FULL),
+    }
+
+
+PROFILES = ("smoke", "quick", "full")
+
+
+def sizes(profile: str, device: str) -> Sizes:
+    """The sizes of a profile on "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown profile.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile {profile!r} is unknown; it is one of {', '.join(PROFILES)}.")
+    return _sizes()[profile, device]

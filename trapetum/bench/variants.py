@@ -1,0 +1,147 @@
+"""The same model several times over: dense in each dtype, then with codebook weights; one in memory at a time."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from trapetum import models, swap, timing
+from trapetum.models import DTYPES, Loaded
+
+DENSE = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model with one kind of weights.
+
+    Attributes:
+        method: "fp32", "fp16", "bf16" or "codebook".
+        loaded: the model.
+        config: what a record's config says of it: model, bits, n_codes, linears, dtype.
+    """
+
+    method: str
+    loaded: Loaded
+    config: dict
+
+    @property
+    def token_weight_bytes(self) -> int:
+        """Bytes of weights read for one token: all but the rows of the embedding that are not looked up."""
+        model = self.loaded.model
+        embedding = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is embedding if _dense_head(model) else False
+        return swap.weight_bytes(model) - (0 if tied else embedding.nbytes)
+
+    def token_bytes(self, context: float) -> int:
+        """Bytes moved for one token at `context` cached tokens: weights, and the cache at the activations' width."""
+        width = torch.finfo(activation_dtype(self)).bits // 8
+        return int(self.token_weight_bytes + self.loaded.shape.kv_bytes(context, width))
+
+
+def _dense_head(model) -> bool:
+    return isinstance(model.get_output_embeddings(), torch.nn.Linear)
+
+
+def activation_dtype(variant: Variant) -> torch.dtype:
+    """The dtype that the cache is kept in."""
+    from trapetum.llama_step import activation_dtype as of_model
+
+    return of_model(variant.loaded.model)
+
+
+def best_16_bit(shape, rounds: int = 5) -> str:
+    """Which of "fp16" and "bf16" this CPU multiplies faster, tried on the model's widest product."""
+    weight = torch.randn(shape.intermediate, shape.hidden)
+    cases = {}
+    for name in ("fp16", "bf16"):
+        w, x = weight.to(DTYPES[name]), torch.randn(1, shape.hidden).to(DTYPES[name])
+        cases[name] = [lambda x=x, w=w: F.linear(x, w) for w in (w, w.clone(), w.clone())]
+    times = timing.interleaved_us(cases, rounds)
+    return min(times, key=lambda name: timing.Spread.of(times[name]).median)
+
+
+def default_methods(device: str, name: str, profile: str) -> tuple[str, ...]:
+    """What a decode compares: on a GPU fp16 and codebook; on a CPU fp32, the faster 16-bit dtype, codebook.
+
+    The full profile on a CPU takes both 16-bit dtypes.
+    """
+    if device == "cuda":
+        return ("fp16", "codebook")
+    if profile == "full":
+        return ("fp32", "fp16", "bf16", "codebook")
+    return ("fp32", "16-bit", "codebook")
+
+
+def variants(
+    name: str, device: str, methods: Sequence[str], bits: Sequence[int], lm_head: bool = False
+) -> Iterator[Variant]:
+    """Load the model once per method, give the one before back first.
+
+    Args:
+        name: as for `models.load`.
+        device: "cpu" or "cuda".
+        methods: "fp32", "fp16", "bf16", "16-bit" (the faster on this CPU), "codebook".
+        bits: of the codebook weights, one variant each.
+        lm_head: codes in the output head too.
+
+    Raises:
+        ValueError: an unknown method.
+        ModelError: the model cannot be had.
+    """
+    unknown = [m for m in methods if m not in (*DENSE, "16-bit", "codebook")]
+    if unknown:
+        raise ValueError(
+            f"method {unknown[0]!r} is unknown; a decode knows {', '.join(DENSE)}, 16-bit and codebook."
+        )
+    dense = [m for m in methods if m != "codebook"]
+    last = yield from _dense_variants(name, device, dense)
+    for b in bits if "codebook" in methods else ():
+        yield _codebook_variant(name, device, last, b, lm_head)
+        _forget()
+
+
+def _dense_variants(name: str, device: str, methods: Sequence[str]) -> Iterator[Variant]:
+    """Yield the dense ones; return the last dtype's name, which the codebook variant's other weights then have."""
+    loaded, last = None, None
+    for method in methods:
+        if method == "16-bit":
+            shape = loaded.shape if loaded else models.load(name, device, "bf16").shape
+            method = best_16_bit(shape)
+        loaded, last = _dense(name, device, method, loaded), method
+        config = {"model": name, "bits": torch.finfo(DTYPES[method]).bits, "linears": "dense"}
+        yield Variant(method, loaded, {**config, "dtype": method})
+        _forget()
+    return last
+
+
+def _dense(name: str, device: str, method: str, before: Loaded | None) -> Loaded:
+    """Random weights are converted from the variant before (making new ones takes longer); others are loaded."""
+    if before is None or before.kind != "random":
+        return models.load(name, device, method)
+    before.model.to(DTYPES[method])
+    before.model.config.dtype = DTYPES[method]
+    return before
+
+
+def _codebook_variant(name: str, device: str, dtype: str | None, bits: int, lm_head: bool) -> Variant:
+    dtype = dtype or ("fp16" if device == "cuda" else "bf16")
+    if name.startswith("random:"):
+        loaded = models.load(name, device, dtype, bits=bits, lm_head=lm_head)
+    else:
+        loaded = models.load(name, device, dtype)
+        if not swap.is_quantized(loaded.model):
+            swap.quantize_model(loaded.model, bits, lm_head=lm_head, progress=False)
+    _, layer = next(iter(swap.codebook_layers(loaded.model)))
+    config = {"model": name, "bits": layer.bits, "n_codes": layer.n_codes, "linears": "codebook"}
+    return Variant(
+        "codebook", loaded, {**config, "dtype": dtype, "lm_head": "codebook" if lm_head else dtype}
+    )
+
+
+def _forget() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
