@@ -156,11 +156,11 @@ class GraphDecoder(LeanDecoder):
     @torch.inference_mode()
     def _captured(self, bucket: int) -> torch.cuda.CUDAGraph:
         llama, device = self.llama, self.llama.device
-        llama.position.zero_()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # compiles kernels and sets libraries up, which a capture must not do
             for _ in range(_WARM_UPS):
+                llama.position.zero_()
                 llama.advance(bucket)
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)

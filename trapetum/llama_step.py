@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from trapetum.projection import Nothing, project
 from trapetum.swap import is_quantized
 
+_FEW_ROWS = 32
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -29,7 +30,7 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: four products, two norm weights [hidden], keys and values [2, kv_heads, context, head_dim]."""
+    """One decoder layer: products, norm weights [hidden], the cache [2, kv_heads, context, head_dim] and its halves."""
 
     qkv: Any
     out: Any
@@ -38,6 +39,8 @@ class Layer:
     attention_norm: Tensor
     mlp_norm: Tensor
     cache: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class Live:
@@ -104,6 +107,8 @@ class LlamaStep:
         _require_supported(config, max_context)
         self.dtype, self._eps = activation_dtype(model), config.rms_norm_eps
         self.device = model.get_input_embeddings().weight.device
+        self._fast_norm = self.device.type == "cpu" and self.dtype == torch.float32
+        self._by_codes = is_quantized(model)
         attention = model.model.layers[0].self_attn
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim, self._scale = attention.head_dim, attention.scaling
@@ -124,6 +129,8 @@ class LlamaStep:
 
     def _layer(self, block, max_context: int) -> Layer:
         attention, mlp = block.self_attn, block.mlp
+        places = (2, self._kv_heads, max_context, self._head_dim)
+        cache = torch.zeros(places, dtype=self.dtype, device=self.device)
         return Layer(
             project([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype),
             project([attention.o_proj], self.dtype),
@@ -131,7 +138,9 @@ class LlamaStep:
             project([mlp.down_proj], self.dtype),
             self._constant(block.input_layernorm.weight),
             self._constant(block.post_attention_layernorm.weight),
-            torch.zeros(2, self._kv_heads, max_context, self._head_dim, dtype=self.dtype, device=self.device),
+            cache,
+            cache[:1],
+            cache[1:],
         )
 
     @torch.no_grad()
@@ -144,6 +153,10 @@ class LlamaStep:
         return cos, sin
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._fast_norm and x.shape[0] == 1:
+            flat = x.view(-1)  # F.rms_norm is six operators on a CPU, and takes twice as long
+            mean_square = torch.dot(flat, flat).item() / flat.shape[0]
+            return torch.mul(x, weight).mul_((mean_square + self._eps) ** -0.5)
         return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -156,7 +169,7 @@ class LlamaStep:
         self._rotate(heads[: self._turned], place.cos, place.sin)
         place.store(layer.cache, heads[self._heads :].view(2, self._kv_heads, self._head_dim))
         query = heads[: self._heads].view(1, self._kv_heads, self._group, self._head_dim)
-        keys, values = layer.cache[:, None, :, : place.length]
+        keys, values = layer.keys.narrow(2, 0, place.length), layer.values.narrow(2, 0, place.length)
         attended = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=place.mask, scale=self._scale
         )
@@ -166,14 +179,17 @@ class LlamaStep:
         gate, up = product(self._rms(x, layer.mlp_norm)).chunk(2, -1)
         return down(self._activation(gate).mul_(up))
 
-    def step(self, token: Tensor, place) -> Tensor:
-        """Logits [1, vocab] after `token` [1] at `place` (`Live` or `Padded`)."""
+    def _hidden(self, token: Tensor, place) -> Tensor:
         x = F.embedding(token, self._embedding).to(self.dtype)
         for layer in self.layers:
             qkv = layer.qkv(self._rms(x, layer.attention_norm))
             x = x + layer.out(self._attend(layer, qkv, place))
             x = x + self._mlp(layer, layer.gate_up, layer.down, x)
-        return self.head(self._rms(x, self._norm))
+        return x
+
+    def step(self, token: Tensor, place) -> Tensor:
+        """Logits [1, vocab] after `token` [1] at `place` (`Live` or `Padded`)."""
+        return self.head(self._rms(self._hidden(token, place), self._norm))
 
     def advance(self, length: int) -> None:
         """One step with token and position on the device, reading `length` places of the cache; capturable."""
@@ -192,7 +208,10 @@ class LlamaStep:
         return attended[0].transpose(0, 1).reshape(rows, -1)
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Fill the cache with a prompt, all rows at once (codebook weights are dequantized layer by layer).
+        """Fill the cache with a prompt.
+
+        All rows go at once, and codebook weights are dequantized layer by layer. On the CPU that costs as much as dozens of
+        single tokens, so a short prompt goes token by token there.
 
         Args:
             ids: int64 [n], n >= 1, on the device.
@@ -200,6 +219,13 @@ class LlamaStep:
         Returns:
             logits [1, vocab] after the last token.
         """
+        if len(ids) <= (_FEW_ROWS if self._by_codes else 1) and self.device.type == "cpu":
+            for position in range(len(ids) - 1):
+                self._hidden(ids[position : position + 1], Live(self, position))
+            return self.step(ids[-1:], Live(self, len(ids) - 1))
+        return self._prefill_rows(ids)
+
+    def _prefill_rows(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self._embedding).to(self.dtype)
         for layer in self.layers:
             qkv = layer.qkv.rows(self._rms(x, layer.attention_norm))

@@ -182,9 +182,10 @@ def random_weight(
     device, n_codes = generator.device, n_codes or 2**bits
     values = (_RANDOM_STD * _normal_quantiles(n_codes)).to(device, torch.float16)
     codebook = values.expand(out_features, n_codes).contiguous()
-    if n_codes == 2**bits and in_features * bits % 8 == 0:  # every byte is a valid run of codes
-        shape = (out_features, in_features * bits // 8)
-        codes = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
+    if n_codes == 2**bits and in_features * bits % 64 == 0:  # any 64 bits are a valid run of codes
+        low, high = -(2**63), 2**63 - 1
+        shape = (out_features, in_features * bits // 64)
+        codes = torch.randint(low, high, shape, device=device, generator=generator).view(torch.uint8)
         return CodebookWeight(codes, codebook, in_features, bits)
     shape = (out_features, in_features)
     indices = torch.randint(n_codes, shape, dtype=torch.uint8, device=device, generator=generator)
