@@ -119,7 +119,10 @@ class Schedule:
 
     @property
     def fall_steps(self) -> int:
-        return max(1, round(self.fall_at * (1 - self.recipe.hold) / self.recipe.hold * 0.97))
+        """Steps from the start of the fall to the end; a run by time leaves 3 % of the fall's share as a margin."""
+        share = (1 - self.recipe.hold) / self.recipe.hold
+        left = self.fall_at * share * 0.97 if self.recipe.steps is None else self.recipe.steps - self.fall_at
+        return max(1, min(round(left), math.ceil(self.fall_at * share)))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""

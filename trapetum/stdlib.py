@@ -109,7 +109,11 @@ def _members(prefix: str, owner: object, module: str) -> Iterable[str]:
             continue
         if isinstance(value.__doc__, str) and value.__doc__.strip():
             signature = getattr(value, "__text_signature__", None) or ""
-            yield _entry(prefix + name, signature.replace("$", ""), inspect.cleandoc(value.__doc__))
+            yield _entry(
+                prefix + name,
+                re.sub(r"\$module(, /)?(, )?|\$", "", signature),
+                inspect.cleandoc(value.__doc__),
+            )
         if isinstance(value, type):
             yield from _members(f"{name}.", value, module)
 

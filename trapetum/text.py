@@ -20,6 +20,7 @@ __all__ = [
     "corpus",
     "docstrings",
     "heldout_text",
+    "limited",
     "load_text",
     "split",
     "stdlib_documents",
@@ -107,12 +108,31 @@ def without_shared(texts: Sequence[str], heldout: Iterable[str]) -> list[str]:
 
 
 def training_corpus(
-    train: Iterable[Document], heldout: Iterable[Document]
+    train: Iterable[Document], heldout: Iterable[Document], limit: int | None = None
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Both sides of a split as texts by kind, with what they share taken out of the training side."""
+    """Both sides of a split as texts by kind, with what they share taken out of the training side.
+
+    Args:
+        train, heldout: the two sides.
+        limit: at most this many characters of each kind for training, for trials.
+    """
     unseen = corpus(heldout)
     flat = [text for texts in unseen.values() for text in texts]
-    return {kind: without_shared(texts, flat) for kind, texts in corpus(train).items()}, unseen
+    seen = corpus(train)
+    return {kind: without_shared(limited(texts, limit), flat) for kind, texts in seen.items()}, unseen
+
+
+def limited(texts: Sequence[str], max_chars: int | None) -> list[str]:
+    """The texts from the start up to a number of characters in all, the last one cut."""
+    if max_chars is None:
+        return list(texts)
+    kept, room = [], max_chars
+    for one in texts:
+        kept.append(one[:room])
+        room -= len(kept[-1])
+        if room <= 0:
+            break
+    return kept
 
 
 def heldout_text(max_chars: int | None = None, documents: Sequence[Document] | None = None) -> str:

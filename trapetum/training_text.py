@@ -22,24 +22,12 @@ def prepare_texts(stdlib: Path | None = None, limit: int | None = None) -> dict[
     """
     train, heldout = text.split(text.stdlib_documents(stdlib))
     train, validation = text.split(train, share=0.04, salt="validation 6")
-    unseen_by_training = [*heldout, *validation]
-    training, _ = text.training_corpus(train, unseen_by_training)
-    parts = {"train": training, "validation": text.corpus(validation), "heldout": text.corpus(heldout)}
-    for name in ("validation", "heldout"):
-        parts[name] = {kind: parts[name][kind] for kind in text.KINDS}
-    return {name: {kind: _limited(t, limit) for kind, t in kinds.items()} for name, kinds in parts.items()}
-
-
-def _limited(texts: Sequence[str], limit: int | None) -> list[str]:
-    if limit is None:
-        return list(texts)
-    kept, room = [], limit
-    for one in texts:
-        kept.append(one[:room])
-        room -= len(kept[-1])
-        if room <= 0:
-            break
-    return kept
+    training, _ = text.training_corpus(train, [*heldout, *validation], limit)
+    parts = {"train": training}
+    for name, documents in (("validation", validation), ("heldout", heldout)):
+        texts = text.corpus(documents)
+        parts[name] = {kind: text.limited(texts[kind], limit) for kind in text.KINDS}
+    return parts
 
 
 def tokenizer_texts(train: Mapping[str, list[str]]) -> list[str]:

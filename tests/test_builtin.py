@@ -1,0 +1,169 @@
+"""The training run: tokenizer, sampling, schedule, what it keeps and what it writes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trapetum import builtin, pretraining, training_text
+from trapetum.pretraining import Recipe, Sampler, Schedule, rows_by_kind
+from trapetum.shapes import MODELS
+
+WORDS = "Return a list of the names in the current scope, or raise ValueError if there is none.\n" * 40
+SHORT = Recipe(steps=40, batch=4, context=64, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return training_text.make_tokenizer([WORDS], 300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "new"
+    return out, builtin.train(out, SHORT, builtin.TINY, "cpu", limit=40_000, progress=False)
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_tokenizer_returns_any_text_unchanged(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_sizes_and_markers(tokenizer):
+    assert len(tokenizer) <= 300 and tokenizer.eos_token_id == 0
+    stream = training_text.encode(tokenizer, ["Return", "a"])
+    assert stream.dtype == torch.int32 and stream[-1] == 0 and (stream == 0).sum() == 2
+    assert len(training_text.encode(tokenizer, [])) == 0
+
+
+def test_parts_do_not_share_lines():
+    parts = training_text.prepare_texts(limit=3_000_000)
+    lines = {
+        name: {k for kind in texts.values() for t in kind for k in t.split("\n") if len(k.split()) > 12}
+        for name, texts in parts.items()
+    }
+    assert all(lines.values())
+    assert not lines["train"] & (lines["validation"] | lines["heldout"])
+
+
+def test_rows_fill_the_batch_and_leave_out_what_is_missing():
+    mix = {"topics": 0.05, "docstrings": 0.25, "sources": 0.45, "tests": 0.25}
+    assert rows_by_kind(mix, mix, 64) == {"topics": 3, "docstrings": 16, "sources": 29, "tests": 16}
+    assert rows_by_kind(mix, ["docstrings", "sources"], 7) == {"docstrings": 3, "sources": 4}
+    assert all(sum(rows_by_kind(mix, mix, n).values()) == n for n in range(1, 40))
+
+
+def test_sampler_draws_consecutive_tokens_everywhere():
+    sampler = Sampler({"a": torch.arange(20, dtype=torch.int32), "short": torch.arange(3)}, 8, seed=0)
+    inputs, targets = sampler.draw({"a": 1.0}, 400)
+    assert inputs.shape == targets.shape == (400, 8)
+    assert torch.equal(targets, inputs + 1)
+    assert set(inputs[:, 0].tolist()) == set(range(12))
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(ValueError, match="64 tokens"):
+        Sampler({"a": torch.arange(60)}, 64, seed=0)
+
+
+def test_schedule_holds_then_falls_to_zero():
+    recipe = Recipe(steps=1000, learning_rate=1.0)
+    schedule, rates = Schedule(recipe), []
+    for step in range(1000):
+        assert not schedule.done(step)
+        schedule.tick(step, step / 1000)
+        rates.append(schedule.rate(step))
+    assert schedule.done(1000) and schedule.fall_at == 700
+    assert rates[0] == pytest.approx(1 / 100) and set(rates[99:700]) == {1.0}
+    assert rates[850] == pytest.approx(0.5) and rates[999] == pytest.approx(1 / 300)
+
+
+def test_schedule_falls_early_when_the_loss_stops_falling():
+    schedule = Schedule(Recipe(patience=3))
+    for step, loss in enumerate([3.0, 2.0, 1.9999, 2.1, 2.2]):
+        schedule.observe(loss)
+        schedule.tick(step * 100, 0.1)
+    assert schedule.fall_at == 400
+    assert schedule.fall_steps == round(400 * 0.3 / 0.7 * 0.97)
+
+
+def test_training_lowers_every_loss(trained):
+    _, summary = trained
+    uniform = math.log(builtin.TINY.vocab)
+    for kind in ("topics", "docstrings", "sources"):
+        p = summary["perplexity"][kind]
+        assert math.log(p["value"]) < uniform - 0.5
+        assert p["interval"][0] < p["value"] < p["interval"][1]
+        assert p["window"] == p["stride"] == 64 and p["tokens"] > 1000
+    assert set(summary["samples"]) == set(builtin.PROMPTS)
+
+
+def test_the_log_has_a_row_an_evaluation(trained):
+    out, summary = trained
+    rows = builtin.read_log(out)
+    assert [row["step"] for row in rows] == list(range(0, 41, 4))
+    assert rows[-1]["tokens"] == 40 * 4 * 64
+    assert rows[-1]["train_loss"] < rows[1]["train_loss"]
+    assert all(row["validation_loss"] > 0 and row["heldout_loss"] > 0 and row["seconds"] > 0 for row in rows)
+    assert summary["kept"] == min(rows, key=lambda row: row["validation_loss"])
+    assert json.loads((out / "training.json").read_text())["kept"] == summary["kept"]
+
+
+def test_transformers_loads_what_was_written(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, summary = trained
+    assert {path.name for path in out.iterdir()} == set(builtin.FILES)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert builtin.samples(model.eval(), tokenizer) == summary["samples"]
+
+
+def test_a_seed_fixes_the_weights(trained, tmp_path):
+    out, _ = trained
+    for name, recipe in (("same", SHORT), ("other", replace(SHORT, seed=1))):
+        builtin.train(tmp_path / name, recipe, builtin.TINY, "cpu", limit=40_000, progress=False)
+    weights = [
+        (folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "same", tmp_path / "other")
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_the_best_weights_are_kept_not_the_last(tokenizer):
+    """Validation text that training text contradicts: the longer it trains, the worse it gets."""
+    shape = replace(builtin.TINY, vocab=300)
+    model = builtin.make_model(shape, 32)
+    train, other = (torch.arange(start, start + 3000, dtype=torch.int32) % 290 for start in (0, 7))
+    streams = {"train": {"a": train}, "validation": {"a": other.flip(0)}, "heldout": {"a": other}}
+    recipe, rows = (
+        Recipe(steps=60, batch=4, context=32, learning_rate=1e-2, mix={"a": 1}, final_mix={"a": 1}),
+        [],
+    )
+    best = pretraining.run(model, streams, recipe, 0.0, rows.append)
+    assert best["validation_loss"] < rows[-1]["validation_loss"] - 0.5
+    now = pretraining.evaluate(model, streams["validation"], 32)["a"]
+    assert now == pytest.approx(best["validation_loss"], abs=1e-5)
+
+
+def test_a_run_by_time_ends_in_time(tmp_path):
+    recipe = replace(SHORT, steps=None, seconds=12, eval_every=50)
+    summary = builtin.train(tmp_path, recipe, builtin.TINY, "cpu", limit=20_000, progress=False)
+    assert summary["trained_tokens"] > 0 and summary["seconds"] < 30
+
+
+def test_the_built_in_model_fits_in_16_megabytes():
+    model = builtin.make_model(MODELS["builtin"], 512)
+    assert 12e6 < 2 * sum(p.numel() for p in model.parameters()) < 15.5e6
+    assert model.config.head_dim == 32 and model.config.num_key_value_heads == 4
+
+
+def test_a_missing_gpu_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cpu"):
+        builtin.train(tmp_path, SHORT, device="cuda")
