@@ -223,6 +223,15 @@ def test_pack_refuses(indices, bits, message):
         cpu.pack(indices, bits)
 
 
+def test_dequantize_into_a_given_tensor():
+    indices, codebook, _, _ = make(6, 200, 4)
+    out = torch.full((6, 200), float("nan"), dtype=torch.float16)
+    assert cpu.dequantize(cpu.pack(indices), codebook, 200, 4, torch.float16, out=out) is out
+    assert torch.equal(out, codebook.gather(1, indices.long()))
+    with pytest.raises(ValueError, match=r"contiguous torch.float32 \[6, 200\]; it is torch.float16"):
+        cpu.dequantize(cpu.pack(indices), codebook, 200, 4, out=out)
+
+
 def test_dequantize_refuses_other_dtypes():
     with pytest.raises(ValueError, match="torch.float64"):
         cpu.dequantize(**{k: v for k, v in _valid().items() if k not in ("x", "bias")}, dtype=torch.float64)

@@ -1,10 +1,9 @@
-"""The codebook GEMV on a CPU: packing into the kernel's layout, and the binding of `kernels/codebook_gemv.c`.
+"""The codebook GEMV on a CPU: the binding of `kernels/codebook_gemv.c` (its layout is packed by `cpu_layout`).
 
 The kernel is compiled at first use and loaded with ctypes. torch is imported before that, so that both share one
 OpenMP runtime and its threads. Without a compiler everything here still works through torch, slowly; `why_not` says so.
 
-4-bit weights have the fast layout. 2- and 3-bit weights are widened to nibbles when packed: the results are right,
-the memory read and the speed are those of 4 bits. 8-bit weights are plain row-major bytes.
+4-bit weights are fast. 2- and 3-bit weights are widened to nibbles when packed: right results, no speed gain yet.
 
 `TRAPETUM_CPU_PATH` (avx512vnni, avx512bw, avx2, portable) forces one path for the life of the process.
 """
@@ -16,14 +15,31 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from trapetum.build import BuildError, compile_c
+from trapetum.cpu_layout import BITS, check_packed, pack, packed_bytes, unpack
+
+__all__ = [
+    "BITS",
+    "PATHS",
+    "SOURCE",
+    "active_path",
+    "available",
+    "dequantize",
+    "gemv",
+    "has_openmp",
+    "pack",
+    "packed_bytes",
+    "paths",
+    "read_bandwidth",
+    "read_sum",
+    "read_us",
+    "unpack",
+    "why_not",
+]
 
 SOURCE = "codebook_gemv.c"
 PATHS = ("portable", "avx2", "avx512bw", "avx512vnni")  # the index is the number that the kernel knows
-BITS = (2, 3, 4, 8)
-_ROWS, _BLOCK, _PANEL = 4, 128, 32
 _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -94,93 +110,7 @@ def _path_number(path: str, said: str = "path=") -> int:
     return PATHS.index(path)
 
 
-# ------------------------------------------------------------------------------------------------------- packing
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits}; the CPU kernel has layouts for {', '.join(map(str, BITS))} bits.")
-
-
-def packed_bytes(out_features: int, in_features: int, bits: int) -> int:
-    """Bytes of the packed codes: rows padded to 4 and inputs to 128 below 8 bits, no padding at 8."""
-    if bits == 8:
-        return out_features * in_features
-    return _round_up(out_features, _ROWS) * _round_up(in_features, _BLOCK) // 2
-
-
-def _panels(in_features: int) -> Iterator[tuple[int, int]]:
-    """First block and one-past-last block of each panel."""
-    blocks = _round_up(in_features, _BLOCK) // _BLOCK
-    return ((first, min(first + _PANEL, blocks)) for first in range(0, blocks, _PANEL))
-
-
-def pack(indices: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """Arrange codes for the kernel; the layout is drawn in `kernels/codebook_gemv.c`.
-
-    Args:
-        indices: uint8 [out_features, in_features], each below 2**bits.
-        bits: 2, 3 (both widened to nibbles: right results, no speed gain), 4 or 8.
-
-    Returns:
-        uint8 [packed_bytes(out_features, in_features, bits)].
-
-    Raises:
-        ValueError: wrong dtype, shape or bits, or a code out of range.
-    """
-    _check_bits(bits)
-    if indices.dtype is not torch.uint8 or indices.dim() != 2 or 0 in indices.shape:
-        raise ValueError(
-            f"indices must be a non-empty uint8 [out_features, in_features]; "
-            f"they are {indices.dtype} {list(indices.shape)}."
-        )
-    if int(indices.max()) >= 2**bits:
-        raise ValueError(f"a code is {int(indices.max())}, but {bits}-bit codes end at {2**bits - 1}.")
-    if bits == 8:
-        return indices.contiguous().view(-1)
-    rows, inputs = indices.shape
-    padding = (0, _round_up(inputs, _BLOCK) - inputs, 0, _round_up(rows, _ROWS) - rows)
-    nibbles = F.pad(indices, padding).view(-1, _ROWS, -(-inputs // _BLOCK), 4, 2, 16)
-    lanes = nibbles[..., 0, :] | nibbles[..., 1, :] << 4  # [tile, row, block, byte of the lane, lane]
-    groups = lanes.permute(0, 2, 1, 4, 3)
-    return torch.cat([groups[:, first:last].reshape(-1) for first, last in _panels(inputs)])
-
-
-def unpack(packed: torch.Tensor, out_features: int, in_features: int, bits: int = 4) -> torch.Tensor:
-    """The codes that `pack` was given.
-
-    Args:
-        packed: uint8 [packed_bytes(out_features, in_features, bits)].
-
-    Returns:
-        uint8 [out_features, in_features].
-
-    Raises:
-        ValueError: wrong bits, or `packed` does not have the size that these features need.
-    """
-    _check_packed(packed, out_features, in_features, bits)
-    if bits == 8:
-        return packed.view(out_features, in_features)
-    tiles = _round_up(out_features, _ROWS) // _ROWS
-    sizes = [tiles * (last - first) * _ROWS * _BLOCK // 2 for first, last in _panels(in_features)]
-    parts = [part.view(tiles, -1, _ROWS, 16, 4) for part in packed.split(sizes)]
-    lanes = torch.cat(parts, dim=1).permute(0, 2, 1, 4, 3)
-    nibbles = torch.stack((lanes & 15, lanes >> 4), dim=4)
-    return nibbles.reshape(tiles * _ROWS, -1)[:out_features, :in_features].contiguous()
-
-
-def _check_packed(packed: torch.Tensor, out_features: int, in_features: int, bits: int) -> None:
-    _check_bits(bits)
-    need = packed_bytes(out_features, in_features, bits)
-    if packed.dtype is not torch.uint8 or packed.numel() != need or not packed.is_cpu:
-        raise ValueError(
-            f"packed codes of a {bits}-bit [{out_features}, {in_features}] weight must be {need} uint8 on the CPU; "
-            f"they are {packed.numel()} {packed.dtype} on {packed.device}."
-        )
+# --------------------------------------------------------------------------------------------------- the product
 
 
 def _check_weight(packed: torch.Tensor, codebook: torch.Tensor, in_features: int, bits: int) -> None:
@@ -189,31 +119,32 @@ def _check_weight(packed: torch.Tensor, codebook: torch.Tensor, in_features: int
             f"codebook must be float16 [out_features, n_codes] on the CPU; "
             f"it is {codebook.dtype} {list(codebook.shape)} on {codebook.device}."
         )
-    _check_packed(packed, codebook.shape[0], in_features, bits)
+    check_packed(packed, codebook.shape[0], in_features, bits)
     if not 1 <= codebook.shape[1] <= 2**bits:
         raise ValueError(f"codebook has {codebook.shape[1]} codes a row; {bits} bits allow 1 to {2**bits}.")
 
 
-# --------------------------------------------------------------------------------------------------- the product
-
-
 def _check_vectors(x, in_features: int, bias, out, out_features: int) -> None:
-    if (
-        x.dtype is not torch.float32
-        or x.numel() != in_features
-        or x.shape[-1:] != (in_features,)
-        or not x.is_cpu
-    ):
+    one_row = x.numel() == in_features and x.dim() > 0 and x.shape[-1] == in_features
+    if x.dtype is not torch.float32 or not one_row or not x.is_cpu:
         raise ValueError(
             f"x must be one row of {in_features} float32 on the CPU; it is {list(x.shape)} {x.dtype} on {x.device}."
         )
-    for name, tensor in (("bias", bias), ("out", out)):
-        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.shape != (out_features,)):
-            raise ValueError(
-                f"{name} must be float32 [{out_features}]; it is {tensor.dtype} {list(tensor.shape)}."
-            )
-    if out is not None and not out.is_contiguous():
-        raise ValueError(f"out must be contiguous; its stride is {out.stride(0)}.")
+    if bias is not None:
+        _check_output("bias", bias, out_features)
+    if out is not None:
+        _check_output("out", out, out_features)
+        if not out.is_contiguous():
+            raise ValueError(f"out must be contiguous; its stride is {out.stride(0)}.")
+
+
+def _check_output(name: str, tensor: torch.Tensor, out_features: int) -> None:
+    fits = tensor.dim() == 1 and tensor.shape[0] == out_features
+    if tensor.dtype is not torch.float32 or not fits or not tensor.is_cpu:
+        raise ValueError(
+            f"{name} must be float32 [{out_features}] on the CPU; "
+            f"it is {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
+        )
 
 
 def gemv(
@@ -253,19 +184,19 @@ def gemv(
     if name == "torch":
         return _gemv_torch(x, packed, codebook, in_features, bits, bias, y)
     x, packed, codebook = x.contiguous(), packed.contiguous(), codebook.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    weight = (x.data_ptr(), packed.data_ptr(), codebook.data_ptr(), n_codes)
-    rest = (
-        None if bias is None else bias.data_ptr(),
+    bias = bias if bias is None else bias.contiguous()
+    pointers = x.data_ptr(), packed.data_ptr(), codebook.data_ptr(), n_codes
+    sizes = (
+        bias if bias is None else bias.data_ptr(),
         y.data_ptr(),
         in_features,
         out_features,
         _path_number(name),
     )
     if bits == 8:
-        status = _load()[0].trapetum_gemv8(*weight, *rest, torch.get_num_threads())
+        status = _load()[0].trapetum_gemv8(*pointers, *sizes, torch.get_num_threads())
     else:
-        status = _load()[0].trapetum_gemv4(*weight, *rest, exact, torch.get_num_threads())
+        status = _load()[0].trapetum_gemv4(*pointers, *sizes, exact, torch.get_num_threads())
     if status:
         raise MemoryError(f"no memory to prepare an activation of {in_features} inputs.")
     return y
@@ -297,12 +228,15 @@ def dequantize(
     bits: int,
     dtype: torch.dtype = torch.float32,
     path: str | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W itself, for products with many rows of x.
 
     Args:
         packed, codebook, in_features, bits, path: as for `gemv`.
         dtype: float32 or float16 (both exact) or bfloat16 (rounded to nearest even).
+        out: contiguous dtype [out_features, in_features] to be overwritten, or None for a new one; reusing one
+            saves the page faults, which can take longer than the work.
 
     Returns:
         dtype [out_features, in_features].
@@ -314,7 +248,12 @@ def dequantize(
     if dtype not in _FORMATS:
         raise ValueError(f"dtype is {dtype}; weights are dequantized to float32, float16 or bfloat16.")
     out_features, n_codes = codebook.shape
-    weight = torch.empty(out_features, in_features, dtype=dtype)
+    weight = torch.empty(out_features, in_features, dtype=dtype) if out is None else out
+    if weight.dtype is not dtype or weight.shape != (out_features, in_features) or not weight.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {dtype} [{out_features}, {in_features}]; "
+            f"it is {weight.dtype} {list(weight.shape)} with strides {list(weight.stride())}."
+        )
     name = path or active_path()
     if name == "torch":
         for rows, values in _rows_torch(packed, codebook, in_features, bits):
