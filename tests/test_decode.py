@@ -61,6 +61,7 @@ VARIANTS = {
     "one query a key": dict(num_key_value_heads=4),
     "one key for all": dict(num_key_value_heads=1),
     "wide heads": dict(head_dim=32),
+    "large epsilon": dict(rms_norm_eps=2.0),
     "llama-3 rope": dict(
         rope_parameters={
             "rope_type": "llama3",
@@ -95,7 +96,9 @@ def test_lean_knows_the_variants_of_the_architecture(variant, bits):
 @pytest.mark.parametrize("stage", CPU_STAGES)
 def test_16_bit_checkpoints_run_at_every_stage(dtype, stage):
     """Codebook layers work in float32 on the CPU: the float32 twin is what the stages without casts must follow."""
-    made = Engine(tiny(dtype, bits=4), stage).generate(PROMPT, 8).tokens
+    model = tiny(dtype, bits=4)
+    made = Engine(model, stage).generate(PROMPT, 8).tokens
+    assert not model.model.embed_tokens._forward_hooks and not model.lm_head._forward_pre_hooks
     twin = models.dequantize_model(tiny(dtype, bits=4), torch.float32)
     head = twin.lm_head.weight.detach().clone()
     twin = twin.float()
