@@ -1,0 +1,39 @@
+"""Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
+
+from trapetum.figures.accuracy import perplexity_by_bits, weight_error
+from trapetum.figures.by_shape import losers_map, pairs, speedups
+from trapetum.figures.ceilings import ceilings, roofline, your_machine
+from trapetum.figures.claims import claims
+from trapetum.figures.decode import decode_stages, waterfall
+from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energy_bars
+from trapetum.figures.law import law_fit, predicted_vs_measured
+from trapetum.figures.pareto import pareto
+from trapetum.figures.speed import dequantize_or_fuse, ladder
+from trapetum.figures.tradeoffs import Point, groups, tradeoffs
+
+__all__ = [
+    "GRIDS",
+    "GRIDS_SOURCE",
+    "Point",
+    "carbon",
+    "carbon_g",
+    "ceilings",
+    "claims",
+    "decode_stages",
+    "dequantize_or_fuse",
+    "energy_bars",
+    "groups",
+    "ladder",
+    "law_fit",
+    "losers_map",
+    "pairs",
+    "pareto",
+    "perplexity_by_bits",
+    "predicted_vs_measured",
+    "roofline",
+    "speedups",
+    "tradeoffs",
+    "waterfall",
+    "weight_error",
+    "your_machine",
+]
