@@ -3,13 +3,12 @@
 //   D[16 x 8] += A[16 x K] * B[K x 8], one warp, operands and result straight from and to memory.
 //
 //   FORMAT   operands            K     accumulator
-//   0        none                -     int32: the loads and stores alone, the baseline to subtract
-//   8        int8 x int8         32    int32
+//   8        int8 x int8         32    int32: native on every architecture here, the one to compare with
 //   4        int4 x int4         64    int32
 //   1        1 bit and 1 bit    256    int32: population count of the bitwise and
 //
-// Nothing is launched: the compiled text is counted (trapetum.claim_probes). A format that the tensor cores know is one
-// more matrix instruction than FORMAT 0; one that they do not know is emulated by many. Needs sm_80 or newer.
+// Nothing is launched: the compiled instructions are counted (trapetum.claims.probes). A format that the tensor cores
+// know takes as many as int8, one that they do not know is emulated by many. Needs sm_80 or newer.
 
 #ifndef FORMAT
 #define FORMAT 4
@@ -21,9 +20,6 @@ extern "C" __global__ void one_mma(const unsigned* __restrict__ a, const unsigne
   const unsigned a0 = a[lane], a1 = a[lane + 32], a2 = a[lane + 64], a3 = a[lane + 96];
   const unsigned b0 = b[lane], b1 = b[lane + 32];
   int d0 = d[lane], d1 = d[lane + 32], d2 = d[lane + 64], d3 = d[lane + 96];
-#if FORMAT == 0
-  d0 ^= a0 ^ b0, d1 ^= a1 ^ b1, d2 ^= a2, d3 ^= a3;  // keeps every load alive
-#else
   asm volatile(
 #if FORMAT == 8
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
@@ -32,11 +28,10 @@ extern "C" __global__ void one_mma(const unsigned* __restrict__ a, const unsigne
 #elif FORMAT == 1
       "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
 #else
-#error FORMAT is 0, 1, 4 or 8
+#error FORMAT is 1, 4 or 8
 #endif
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d0), "+r"(d1), "+r"(d2), "+r"(d3)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
   d[lane] = d0, d[lane + 32] = d1, d[lane + 64] = d2, d[lane + 96] = d3;
 }

@@ -16,6 +16,7 @@ VARIANTS = {
     ],
     "codebook_dequantize.cu": [(f"BITS={b}", f"WTYPE={t}") for b in (8, 4, 3, 2) for t in (0, 1, 2)],
     "read_bandwidth.cu": [()],
+    "mma_formats.cu": [(f"FORMAT={f}",) for f in (8, 4, 1)],
 }
 SCHEMES = [(8, 256), (8, 64), (4, 16), (3, 8), (2, 4)]
 SHAPES = [(1, 1), (31, 33), (32, 32), (33, 127), (100, 1000), (768, 3072), (4096, 4096), (257, 11008)]
