@@ -39,6 +39,14 @@ def _panels(in_features: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + _PANEL, blocks)) for first in range(0, blocks, _PANEL))
 
 
+def tile_rows(in_features: int, bits: int) -> int | None:
+    """Rows after which the packed codes start afresh, so that the codes of layers with so many rows (or a multiple) can be
+    put in a row; None where several panels, which are the outermost dimension, prevent it."""
+    if bits == 8:
+        return 1
+    return _ROWS if in_features <= _PANEL * _BLOCK else None
+
+
 def pack(indices: torch.Tensor, bits: int = 4) -> torch.Tensor:
     """Arrange codes for the kernel; the layout is drawn in `kernels/codebook_gemv.c`.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trapetum import cpu, cuda, ops
+from trapetum.cpu_layout import tile_rows
 from trapetum.linear import CodebookLinear
 
 
@@ -151,24 +152,19 @@ class Nothing:
         return self._zeros.repeat(x.shape[0], 1)
 
 
-def _tile_rows(layer: CodebookLinear) -> int:
-    """Output rows after which the packed codes start afresh, so that codes of two layers can be put in a row."""
-    if layer.codes.is_cuda:
-        return cuda.LANES
-    if layer.bits == 8:
-        return 1
-    one_panel = len(list(cpu._panels(layer.in_features))) == 1  # panels are the outermost dimension
-    return cpu._ROWS if one_panel else layer.out_features + 1
+def _tile_rows(layer: CodebookLinear) -> int | None:
+    return cuda.LANES if layer.codes.is_cuda else tile_rows(layer.in_features, layer.bits)
 
 
 def _stackable(layers) -> bool:
-    if len({type(layer) for layer in layers}) > 1 or len({_weight(layer).dtype for layer in layers}) > 1:
+    if len({(type(layer), _weight(layer).dtype) for layer in layers}) > 1:
         return False
     if not isinstance(layers[0], CodebookLinear):
         return True
-    if len({(layer.bits, layer.n_codes) for layer in layers}) > 1:
+    rows = _tile_rows(layers[0])
+    if len({(layer.bits, layer.n_codes) for layer in layers}) > 1 or rows is None:
         return False
-    return all(layer.out_features % _tile_rows(layer) == 0 for layer in layers)
+    return all(layer.out_features % rows == 0 for layer in layers)
 
 
 def project(layers: Sequence[nn.Module], dtype: torch.dtype):
