@@ -83,8 +83,8 @@ def test_no_calls_is_refused_by_name():
 
 
 def test_fewer_threads_are_chosen_only_when_clearly_faster():
-    assert timing._pick_threads({8: 100.0, 4: 95.0, 1: 300.0}) == 8
-    assert timing._pick_threads({8: 900.0, 4: 500.0, 1: 400.0}) == 1
+    assert timing.pick_threads({8: 100.0, 4: 95.0, 1: 300.0}) == 8
+    assert timing.pick_threads({8: 900.0, 4: 500.0, 1: 400.0}) == 1
     assert timing.thread_choices(8) == [8, 4, 1] and timing.thread_choices(1) == [1]
 
 

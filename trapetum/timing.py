@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,16 +246,25 @@ def interleaved_us(
         if not case.calls:
             raise ValueError(f"nothing to time in {name!r}: its list of calls is empty.")
     samples: dict[str, list[float]] = {name: [] for name in every}
-    threads, end = torch.get_num_threads(), time.perf_counter() + budget_s
-    try:
+    end = time.perf_counter() + budget_s
+    with using_threads(None):
         for turn in range(rounds + 1):
             for name, case in every.items():
                 samples[name].append(_turn_us(case))
             if turn >= MIN_ROUNDS and time.perf_counter() > end:
                 break
-    finally:
-        torch.set_num_threads(threads)
     return {name: values[1:] for name, values in samples.items()}
+
+
+@contextmanager
+def using_threads(threads: int | None):
+    """Set torch's (and the kernel's) number of threads for a block; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def thread_choices(available: int | None = None) -> list[int]:
@@ -278,10 +288,15 @@ def fastest_threads(
     trial = {(name, n): Case(calls, threads=n) for name, calls in cases.items() for n in counts}
     times = interleaved_us(trial, rounds, budget_s)
     best = {key: min(values) for key, values in times.items()}
-    return {name: _pick_threads({n: best[name, n] for n in counts}) for name in cases}
+    return {name: pick_threads({n: best[name, n] for n in counts}) for name in cases}
 
 
-def _pick_threads(us_by_count: Mapping[int, float]) -> int:
+def pick_threads(us_by_count: Mapping[int, float]) -> int:
+    """The full count, unless a smaller one is at least 10 % faster.
+
+    Args:
+        us_by_count: time by number of threads, in any unit.
+    """
     full = max(us_by_count)
     fastest = min(us_by_count, key=us_by_count.get)
     return fastest if us_by_count[full] > FEWER_MUST_WIN_BY * us_by_count[fastest] else full

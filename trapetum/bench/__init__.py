@@ -12,8 +12,8 @@ accuracy     perplexity and weight error
 from trapetum.bench.accuracy import perplexity, weight_error
 from trapetum.bench.generating import decode, energy
 from trapetum.bench.multiply import gemv, methods_on
+from trapetum.bench.profiles import PROFILES, Sizes, sizes
 from trapetum.bench.reading import bandwidth
-from trapetum.bench.sizes import PROFILES, Sizes, sizes
 from trapetum.bench.unpacking import dequant, gemv_chain
 
 __all__ = [

@@ -76,6 +76,7 @@ class _Run:
 
     def __init__(self, recorder: Recorder, variant: Variant, stage: str, new_tokens: int | None = None):
         self.variant, self.stage, self._sizes = variant, stage, recorder.sizes
+        self.device = recorder.device
         self._wanted = new_tokens or self._sizes.new_tokens
         vocab = variant.loaded.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
@@ -83,19 +84,35 @@ class _Run:
         context = len(self.prompt) + max(self._wanted, WARM_UP_TOKENS)
         self.engine = Engine(variant.loaded, stage, max_context=context)
 
-    def generate(self) -> list[Generation]:
-        """Warm up, see how fast it goes, then make the runs."""
-        warm = self.engine.generate(self.prompt, WARM_UP_TOKENS)
-        affordable = int(self._sizes.token_budget_s / min(warm.token_s))
+    def _warm_up(self, threads: int | None) -> float:
+        """Seconds a token, from a few."""
+        with timing.using_threads(threads):
+            return min(self.engine.generate(self.prompt[:1], WARM_UP_TOKENS).token_s)
+
+    def settle(self) -> None:
+        """Warm up, choose the number of threads, and how many tokens the budget allows."""
+        counts = timing.thread_choices() if self.device == "cpu" else [None]
+        token_s = {threads: self._warm_up(threads) for threads in counts}
+        self.threads = timing.pick_threads(token_s) if self.device == "cpu" else None
+        affordable = int(self._sizes.token_budget_s / token_s[self.threads])
         self.tokens = max(min(self._wanted, affordable), min(self._wanted, FEWEST_TOKENS))
-        return [self.engine.generate(self.prompt, self.tokens) for _ in range(self._sizes.runs)]
+
+    def once(self) -> Generation:
+        """One timed run."""
+        with timing.using_threads(self.threads):
+            return self.engine.generate(self.prompt, self.tokens)
+
+    def generate(self) -> list[Generation]:
+        """Settle, then make the runs."""
+        self.settle()
+        return [self.once() for _ in range(self._sizes.runs)]
 
     @property
     def context(self) -> float:
         """Mean number of cached tokens."""
         return len(self.prompt) + self.tokens / 2
 
-    def config(self, device: str, **more) -> dict:
+    def config(self, **more) -> dict:
         """What a record's config says of this run."""
         base = {
             **self.variant.config,
@@ -105,8 +122,10 @@ class _Run:
             "prompt_tokens": len(self.prompt),
             "bytes": self.variant.token_bytes(self.context),
         }
-        if device == "cpu":
-            base["threads"] = torch.get_num_threads()
+        if self.device == "cpu":
+            available = torch.get_num_threads()
+            base |= {"threads": self.threads, "threads_available": available}
+            base["fewer_threads_faster"] = self.threads < available
         return {**base, **more}
 
 
@@ -125,7 +144,7 @@ def _sha(recorder: Recorder, variant: Variant) -> str | None:
 
 
 def _add_speed(recorder: Recorder, run: _Run, generations: list[Generation]) -> None:
-    config, method = run.config(recorder.device), run.variant.method
+    config, method = run.config(), run.variant.method
     sha = _sha(recorder, run.variant)
     recorder.add("decode_speed", speed_samples(generations), method, config, kernel_sha256=sha)
     first = [g.ttft_s for g in generations]
@@ -138,7 +157,7 @@ def _add_memory(recorder: Recorder, run: _Run) -> None:
         nbytes, source = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
     else:
         nbytes, source = swap.weight_bytes(run.variant.loaded.model), "bytes of all weights"
-    config, sha = run.config(recorder.device), _sha(recorder, run.variant)
+    config, sha = run.config(), _sha(recorder, run.variant)
     recorder.add(
         "decode_memory", [nbytes / 1e9], run.variant.method, config, source=source, kernel_sha256=sha
     )
@@ -146,7 +165,7 @@ def _add_memory(recorder: Recorder, run: _Run) -> None:
 
 def _add_floor(recorder: Recorder, run: _Run, generations: list[Generation]) -> None:
     kv_bytes = run.variant.token_bytes(run.context) - run.variant.token_weight_bytes
-    config = run.config(recorder.device, linears="none", bytes=kv_bytes)
+    config = run.config(linears="none", bytes=kv_bytes)
     recorder.add("decode_speed", speed_samples(generations), "no-linears", config)
 
 
@@ -189,10 +208,10 @@ def energy(
 
 
 def _windows(recorder: Recorder, run: _Run, meter: EnergyMeter, idle_w: float) -> list[EnergyReading]:
-    run.generate()  # warm up, and settle the number of tokens
+    run.settle()
 
     def work() -> int:
-        return len(run.engine.generate(run.prompt, run.tokens).tokens)
+        return len(run.once().tokens)
 
     return [meter.measure(work, recorder.sizes.energy_s, idle_w) for _ in range(recorder.sizes.runs)]
 
@@ -201,7 +220,6 @@ def _add_energy(recorder: Recorder, run: _Run, readings: list[EnergyReading]) ->
     first = readings[0]
     trace_j = [r.trace_joules / r.units for r in readings if r.trace_joules is not None]
     config = run.config(
-        recorder.device,
         counter=first.method,
         window_s=round(min(r.seconds for r in readings), 3),
         resolution_s=round(max(r.resolution_s for r in readings), 4),

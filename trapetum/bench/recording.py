@@ -3,7 +3,7 @@
 from functools import cache
 
 from trapetum import hardware, machine, records
-from trapetum.bench.sizes import Sizes, sizes
+from trapetum.bench.profiles import Sizes, sizes
 from trapetum.records import Ceilings, Record
 
 

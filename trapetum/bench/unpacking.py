@@ -1,6 +1,6 @@
 """Dequantize, dequantize-then-multiply against fused, and all products of one token."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from trapetum.build import source_sha256
 from trapetum.records import Record
 from trapetum.shapes import MODELS, ModelShape
 
+TRIAL_CALLS = 4  # of each case, to choose its number of threads
 VARIANTS = {"cuda": ("naive", "tiled"), "cpu": ("rows",)}
 
 
@@ -34,7 +35,7 @@ def dequant(
     Returns:
         `dequant_bandwidth` (GB/s; codes and codebooks read plus dense weights written) for each variant, and
         `gemv_time` (us) of `dequantize-linear` (dequantize, then a dense product) and of `codebook` (fused), cold.
-        Each call writes its own dense tensor: on a CPU a fresh one, as an eager layer would.
+        Bytes of the dense weights in between are in `config.dense_bytes`, not in `config.bytes`.
     """
     recorder = Recorder(device, profile)
     recorder.cold_read_gbps = cold_read_gbps(recorder)
@@ -50,12 +51,19 @@ def _dequant_one(recorder: Recorder, shape: tuple[int, int], bits: int) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     product = build("codebook", *shape, bits, device)
     dense_bytes = shape[0] * shape[1] * torch.empty(0, dtype=dtype).element_size()
-    copies = timing.copies_for(product.weight_bytes, device, recorder.cache_bytes or None)
-    cases = {f"dequantize-{v}": _expand(product, shape, bits, dtype, v) for v in VARIANTS[device]}
-    cases["dequantize-linear"] = _expand_and_multiply(product, shape, bits, dtype)
-    cases["codebook"] = product.bind
+    cache = recorder.cache_bytes or None
+    few = timing.copies_for(product.weight_bytes + dense_bytes, device, cache)  # each with its dense tensor
+    copies = timing.copies_for(product.weight_bytes, device, cache)
     sets = [product.tensors, *(tuple(t.clone() for t in product.tensors) for _ in range(copies - 1))]
-    samples = _times({name: [bind(*s) for s in sets] for name, bind in cases.items()}, recorder)
+    expand_and_multiply = _expand_and_multiply(product, shape, bits, dtype)
+    calls = {
+        "dequantize-linear": [expand_and_multiply(*s) for s in sets],
+        "codebook": [product.bind(*s) for s in sets],
+    }
+    for variant in VARIANTS[device]:
+        expand = _expand(shape, bits, dtype, variant)
+        calls[f"dequantize-{variant}"] = [expand(*s) for s in sets[:few]]
+    samples, threads = _times(calls, recorder)
     base = {
         "in_features": shape[0],
         "out_features": shape[1],
@@ -63,11 +71,11 @@ def _dequant_one(recorder: Recorder, shape: tuple[int, int], bits: int) -> None:
         "n_codes": N_CODES[bits],
         "l2": "cold",
         "chain": "alone",
-        "copies": copies,
-        "threads": torch.get_num_threads() if device == "cpu" else None,
     }
     for name, us in samples.items():
-        _add_dequant(recorder, name, us, product, dense_bytes, base)
+        _add_dequant(
+            recorder, name, us, product, dense_bytes, base | {"copies": len(calls[name])} | threads(name)
+        )
 
 
 def _add_dequant(recorder, name: str, us, product: Product, dense_bytes: int, base: dict) -> None:
@@ -86,32 +94,45 @@ def _add_dequant(recorder, name: str, us, product: Product, dense_bytes: int, ba
     recorder.add("gemv_time", us, name, config, kernel_sha256=product.kernel_sha256)
 
 
-def _expand(product: Product, shape, bits: int, dtype, variant: str):
-    """Bind weights to a call that writes them out densely, on a GPU each to its own place (else L2 keeps it)."""
+def _expand(shape, bits: int, dtype, variant: str):
+    """Bind weights to a call that writes them out densely, each to its own place (else a cache keeps it)."""
 
-    def bind_cuda(w, c):
-        out = torch.empty(shape[1], shape[0], dtype=dtype, device="cuda")
-        return lambda: cuda.dequantize(w, c, shape[0], bits, dtype, variant, out)
+    def bind(w, c):
+        out = torch.empty(shape[1], shape[0], dtype=dtype, device=w.device)
+        if w.is_cuda:
+            return lambda: cuda.dequantize(w, c, shape[0], bits, dtype, variant, out)
+        return lambda: cpu.dequantize(w, c, shape[0], bits, dtype, out=out)
 
-    if product.tensors[0].is_cuda:
-        return bind_cuda
-    return lambda w, c: lambda: cpu.dequantize(w, c, shape[0], bits, dtype)
+    return bind
 
 
 def _expand_and_multiply(product: Product, shape, bits: int, dtype):
     device = product.tensors[0].device
     row = torch.randn(1, shape[0], device=device).to(dtype)
-    if device.type == "cpu":
-        return lambda w, c: lambda: F.linear(row, cpu.dequantize(w, c, shape[0], bits, dtype))
     out = torch.empty(shape[1], shape[0], dtype=dtype, device=device)  # one scratch matrix, as a model would
+    if device.type == "cpu":
+        return lambda w, c: lambda: F.linear(row, cpu.dequantize(w, c, shape[0], bits, dtype, out=out))
     return lambda w, c: lambda: F.linear(row, cuda.dequantize(w, c, shape[0], bits, dtype, "tiled", out))
 
 
-def _times(calls: dict, recorder: Recorder) -> dict[str, list[float]]:
+def _threads_config(chosen: int) -> dict:
+    available = torch.get_num_threads()
+    return {
+        "threads": chosen,
+        "threads_available": available,
+        "fewer_threads_faster": chosen < available,
+    }
+
+
+def _times(calls: dict, recorder: Recorder) -> tuple[dict[str, list[float]], Callable[[str], dict]]:
+    """Times by name, and what config says of each one's threads (nothing on a GPU)."""
+    size = recorder.sizes
     if recorder.device == "cuda":
-        return {name: timing.cuda_graph_us(c, recorder.sizes.repeats) for name, c in calls.items()}
-    few = {name: c if name == "codebook" else c[:2] for name, c in calls.items()}  # a fresh dense tensor each
-    return timing.interleaved_us(few, recorder.sizes.repeats, recorder.sizes.budget_s)
+        return {name: timing.cuda_graph_us(c, size.repeats) for name, c in calls.items()}, lambda name: {}
+    chosen = timing.fastest_threads({name: c[:TRIAL_CALLS] for name, c in calls.items()}, 1)
+    cases = {name: timing.Case(c, chosen[name]) for name, c in calls.items()}
+    samples = timing.interleaved_us(cases, size.repeats, size.budget_s)
+    return samples, lambda name: _threads_config(chosen[name])
 
 
 def fused_shapes(shape: ModelShape) -> list[tuple[int, int, int]]:
@@ -179,8 +200,9 @@ def _chain_one(recorder: Recorder, name: str, method: str, bits: int) -> None:
             "l2": "cold",
             "bytes": nbytes + sum(p.io_bytes * count for p, count in products),
         }
-        samples = _token_us(calls, recorder)
+        samples, threads = _token_us(calls, recorder)
         del calls
+        config |= threads
         doubt = "" if nbytes > recorder.cache_bytes else f"All weights ({nbytes / 1e6:.0f} MB) fit the cache."
         sha = first.kernel_sha256
         recorder.add("linears_time", samples, first.method, config, doubt, kernel_sha256=sha)
@@ -192,14 +214,15 @@ def _in_layer_order(parts: list[tuple[list, int]]) -> list:
     return [calls[i] for i in range(layer[0][1]) for calls, _ in layer] + head
 
 
-def _token_us(calls: list, recorder: Recorder) -> list[float]:
+def _token_us(calls: list, recorder: Recorder) -> tuple[list[float], dict]:
+    """Microseconds for all calls in a row, and what config says of the threads."""
     if recorder.device == "cuda":
         per_call = timing.cuda_graph_us(calls, recorder.sizes.repeats, len(calls))
-        return [len(calls) * us for us in per_call]
+        return [len(calls) * us for us in per_call], {}
 
     def token():
         for call in calls:
             call()
 
-    samples = timing.interleaved_us({"token": [token]}, recorder.sizes.repeats, recorder.sizes.budget_s)
-    return samples["token"]
+    samples, threads = _times({"token": [token]}, recorder)
+    return samples["token"], threads("token")

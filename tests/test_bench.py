@@ -1,0 +1,315 @@
+"""The bench: what is measured, what its records say, and what is refused or doubted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trapetum import bench, energy, timing
+from trapetum.bench import generating, multiply, products, reading, unpacking, variants
+from trapetum.bench.recording import Recorder
+from trapetum.decode import Generation, stages
+from trapetum.models import Loaded, random_model
+from trapetum.records import implied_gbps
+from trapetum.shapes import MODELS
+
+SHAPE = (256, 128)
+TINY = "random:llama-tiny"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_rotations():
+    """Rotations of a megabyte: these tests look at the records, not at the speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "rotation_bytes", lambda device, cache=None: 1 << 20)
+        patch.setattr(reading, "_known_gbps", {})
+        yield
+
+
+@pytest.mark.parametrize("profile", bench.PROFILES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_profile_has_sizes(profile, device):
+    size = bench.sizes(profile, device)
+    assert size.shapes and set(size.bits) <= set(products.N_CODES) and size.stride <= size.window
+
+
+def test_unknown_profile_is_refused():
+    with pytest.raises(ValueError, match="'fast' is unknown; it is one of smoke, quick, full"):
+        bench.sizes("fast", "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bandwidth_records(device):
+    rows = bench.bandwidth(device, "smoke")
+    assert [r.quantity for r in rows] == ["read_bandwidth"] * len(rows)
+    assert sum(r.config["fastest"] for r in rows) == 1 and rows[-1].config["fastest"]
+    assert rows[-1].value == max(r.value for r in rows) > 0.1
+    assert all(r.kind == "measured" and r.config["l2"] == "cold" and r.n >= 3 for r in rows)
+
+
+# Products
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_products_are_right_before_they_are_timed(device, bits):
+    for method in bench.methods_on(device):
+        product = products.build(method, *SHAPE, bits, device)
+        error = product.checked_error()
+        assert (error is None) == (method == "read")
+        assert all(t.float().abs().sum() > 0 for t in product.tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copies_are_distinct_memory(device):
+    seen = set()
+    product = products.build("codebook", *SHAPE, 4, device)
+    spy = replace(product, bind=lambda w, c: seen.add(w.data_ptr()) or product.bind(w, c))
+    assert len(spy.calls(5)) == 5 and len(seen) == 5
+
+
+def test_a_wrong_product_is_not_timed(monkeypatch):
+    product = products.build("linear-fp32", *SHAPE, 4, "cpu")
+    wrong = replace(product, reference=product.reference * 1.01)
+    with pytest.raises(ArithmeticError, match="linear-fp32 is off by 0.0099 .* it is not timed"):
+        wrong.checked_error()
+    nan = replace(product, reference=product.reference * float("nan"))
+    with pytest.raises(ArithmeticError):
+        nan.checked_error()
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="'marlin' is unknown on cpu; it is one of linear-fp32"):
+        bench.gemv("cpu", [SHAPE], ["marlin"], profile="smoke")
+
+
+def test_int4_refuses_odd_shapes_and_is_left_out():
+    with pytest.raises(products.NotPossible, match="multiples of 128"):
+        products.build("torch-int4", 100, 64, 4, "cpu")
+    rows = bench.gemv("cpu", [(100, 64)], ["torch-int4", "codebook"], l2=("cold",), profile="smoke")
+    assert {r.method for r in rows} == {"codebook"}
+
+
+@pytest.fixture(scope="module")
+def cpu_rows(small_rotations):
+    return bench.gemv("cpu", [SHAPE], profile="smoke")
+
+
+def test_gemv_times_every_method_cold_and_warm(cpu_rows):
+    times = [r for r in cpu_rows if r.quantity == "gemv_time"]
+    found = {(r.method, r.config.get("path"), r.config["l2"]) for r in times}
+    exact = ("codebook", "exact")
+    assert {method for method, _, _ in found} == set(products.CPU_METHODS) - {"codebook-exact"}
+    assert {(*exact, "cold"), (*exact, "warm")} <= found
+    needed = {"in_features", "out_features", "bits", "l2", "chain", "bytes", "copies", "threads"}
+    assert all(needed <= r.config.keys() for r in times)
+    assert all((r.config["copies"] == 1) == (r.config["l2"] == "warm") for r in times)
+
+
+def test_gemv_bytes_are_weights_codebooks_and_activations(cpu_rows):
+    i, o = SHAPE
+    moved = {r.method: r.config["bytes"] for r in cpu_rows if r.quantity == "gemv_time"}
+    assert moved["linear-fp32"] == 4 * i * o + 4 * (i + o)
+    assert moved["linear-bf16"] == 2 * i * o + 2 * (i + o)
+    assert moved["codebook"] == i * o // 2 + 2 * 16 * o + 4 * (i + o)
+    assert moved["read"] == i * o // 2
+
+
+def test_gemv_records_errors_beside_times(cpu_rows):
+    errors = {(r.method, r.config.get("path")): r.value for r in cpu_rows if r.quantity == "output_error"}
+    assert errors["linear-bf16", None] > errors["linear-fp16", None] > errors["linear-fp32", None] > 0
+    assert set(path for method, path in errors if method == "codebook") & {"exact", "torch"}
+
+
+def test_kernel_hash_is_only_on_our_kernels(cpu_rows):
+    assert {r.method for r in cpu_rows if r.kernel_sha256} == {"codebook", "read"}
+
+
+def test_a_rotation_within_the_cache_is_doubted(cpu_rows):
+    cold = [r for r in cpu_rows if r.quantity == "gemv_time" and r.config["l2"] == "cold"]
+    assert all(r.suspect for r in cold)
+    assert "not cold" in multiply._doubt(1_000_000, 2_000_000, "cold")
+    assert (
+        multiply._doubt(1_000_000, 2_000_000, "warm") == multiply._doubt(2_000_000, 2_000_000, "cold") == ""
+    )
+
+
+def test_records_above_the_cold_read_are_suspect():
+    recorder = Recorder("cpu", "smoke")
+    recorder.cold_read_gbps = 10.0
+    config = {"in_features": 1, "out_features": 1, "l2": "cold", "chain": "alone", "bytes": 10**6}
+    slow, fast = (recorder.add("gemv_time", [us], "codebook", config) for us in (101.0, 97.0))
+    assert not slow.suspect and fast.suspect and "10 GB/s" in fast.why_suspect
+    assert recorder.close()[0].device["clocks"].keys() == {"before", "after"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gemv_on_a_gpu_has_chains():
+    rows = bench.gemv("cuda", [(1024, 1024)], profile="smoke")
+    chains = {(r.method, r.config["chain"]) for r in rows if r.quantity == "gemv_time"}
+    assert {("codebook", "alone"), ("codebook", "pdl"), ("linear-fp16", "alone")} <= chains
+    assert {r.method for r in rows} >= {"tinygemm-int4", "mv-fp16", "linear-bf16", "read"}
+
+
+# Dequantize and chains
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dequant_measures_bandwidth_and_both_products(device):
+    rows = bench.dequant(device, [SHAPE], [4], "smoke")
+    assert {r.config["variant"] for r in rows if r.quantity == "dequant_bandwidth"} == set(
+        unpacking.VARIANTS[device]
+    )
+    times = {r.method: r.config["path"] for r in rows if r.quantity == "gemv_time"}
+    assert times.keys() == {"dequantize-linear", "codebook"} and times["dequantize-linear"] == "dequantize"
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b", "llama-0.9b"])
+def test_fused_shapes_hold_all_weights_of_a_token(name):
+    shape = MODELS[name]
+    weights = sum(i * o * count for i, o, count in unpacking.fused_shapes(shape))
+    assert weights == shape.linear_weights + shape.lm_head_weights
+    assert sum(count for *_, count in unpacking.fused_shapes(shape)) == 4 * shape.layers + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chain_covers_one_token(device):
+    rows = bench.gemv_chain(device, "llama-tiny", ["codebook"], profile="smoke")
+    assert {r.quantity for r in rows} == {"linears_time"}
+    assert {r.config["chain"] for r in rows} == ({"alone", "pdl"} if device == "cuda" else {"alone"})
+    assert rows[0].config["calls"] == 9 and rows[0].config["model"] == TINY
+
+
+def test_products_of_a_chain_come_in_layer_order():
+    parts = [(["qkv0", "qkv1"], 2), (["out0", "out1"], 2), (["head"], 1)]
+    assert unpacking._in_layer_order(parts) == ["qkv0", "out0", "qkv1", "out1", "head"]
+
+
+# Decode
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decode_measures_every_method_and_stage(device):
+    rows = bench.decode(TINY, device, profile="smoke")
+    speeds = [r for r in rows if r.quantity == "decode_speed"]
+    found = {(r.method, r.config["stage"]) for r in speeds}
+    dense = {"fp16"} if device == "cuda" else {"fp32"}
+    for method in (*dense, "codebook", "no-linears"):
+        assert {(method, stage) for stage in stages(device)} <= found
+    linears = {r.method: r.config["linears"] for r in speeds}
+    assert linears["codebook"] == "codebook" and linears["no-linears"] == "none"
+    assert {linears[m] for m in dense} == {"dense"}
+    assert {r.quantity for r in rows} == {"decode_speed", "decode_memory", "time_to_first_token"}
+
+
+def test_decode_bytes_are_weights_and_cache():
+    model = random_model(MODELS["llama-tiny"], "cpu", torch.float32)
+    shape = MODELS["llama-tiny"]
+    variant = variants.Variant("fp32", Loaded(model, None, TINY, shape, "random"), {})
+    norms = (2 * shape.layers + 1) * shape.hidden
+    assert variant.token_weight_bytes == 4 * (shape.linear_weights + shape.lm_head_weights + norms)
+    assert variant.token_bytes(10) - variant.token_weight_bytes == shape.kv_bytes(10, 4)
+
+
+def test_decode_config_names_context_and_tokens():
+    (row, *_) = bench.decode(TINY, "cpu", ["lean"], "smoke", 6, ["codebook"], floor=False)
+    assert row.config["new_tokens"] == 6 and row.config["context"] == row.config["prompt_tokens"] + 3
+    assert row.config["bits"] == 4 and row.config["n_codes"] == 16 and row.config["model"] == TINY
+    assert implied_gbps(row) == pytest.approx(row.config["bytes"] * row.value / 1e9)
+
+
+def test_slow_stages_are_cut_to_the_budget(monkeypatch):
+    small = replace(bench.sizes("smoke", "cpu"), token_budget_s=1e-9, new_tokens=64)
+    monkeypatch.setattr("trapetum.bench.recording.sizes", lambda profile, device: small)
+    (row, *_) = bench.decode(TINY, "cpu", ["lean"], "smoke", methods=["fp32"])
+    assert row.config["new_tokens"] == generating.FEWEST_TOKENS
+
+
+def test_speed_samples_are_runs_or_stretches():
+    even = Generation([1] * 17, 0.1, [0.5] * 16)
+    assert generating.speed_samples([even] * 3) == [2.0] * 3
+    assert generating.speed_samples([even]) == [2.0] * 8
+    uneven = Generation([1] * 3, 0.1, [0.25, 0.5])
+    assert generating.speed_samples([uneven]) == [4.0, 2.0]
+
+
+def test_unknown_decode_method_is_refused():
+    with pytest.raises(ValueError, match="'int3' is unknown; a decode knows"):
+        bench.decode(TINY, "cpu", profile="smoke", methods=["int3"])
+
+
+def test_best_16_bit_is_one_of_the_two():
+    assert variants.best_16_bit(MODELS["llama-tiny"], rounds=1) in ("fp16", "bf16")
+
+
+# Energy
+
+
+def test_energy_without_a_counter_is_no_record(monkeypatch):
+    def none(device):
+        raise energy.NoEnergyCounter("no counter.")
+
+    monkeypatch.setattr(energy, "find_counter", none)
+    assert bench.energy(TINY, "cpu", profile="smoke") == []
+
+
+def test_energy_is_gross_and_net(monkeypatch):
+    from test_energy import SteadyCounter
+
+    monkeypatch.setattr(energy, "find_counter", lambda device: SteadyCounter(100.0, 0.02))
+    rows = bench.energy(TINY, "cpu", profile="smoke", methods=["codebook"])
+    assert [r.config["accounting"] for r in rows] == ["gross", "net"]
+    gross, net = rows
+    assert gross.value > abs(net.value) and gross.config["idle_w"] == pytest.approx(100, rel=0.3)
+    assert gross.config["window_s"] >= 0.3 and gross.config["counter"] == "test"
+    assert gross.config["resolution_s"] > 0 and gross.config["trace_j"] > 0
+
+
+# Accuracy
+
+
+class ByteTokenizer:
+    """Token ids are the bytes of the text."""
+
+    def __call__(self, text, return_tensors, add_special_tokens):
+        ids = torch.tensor([list(text.encode())])
+        return type("Encoding", (), {"input_ids": ids})()
+
+
+@pytest.fixture
+def tiny_with_tokenizer(monkeypatch):
+    from trapetum import models
+
+    def load(name, device="cpu", dtype=None, **more):
+        model = random_model(MODELS["llama-tiny"], device, torch.float32)
+        return Loaded(model, ByteTokenizer(), name, MODELS["llama-tiny"], "random")
+
+    monkeypatch.setattr(models, "load", load)
+
+
+def test_perplexity_of_the_model_and_its_quantizations(tiny_with_tokenizer, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    rows = bench.perplexity("tiny", "cpu", ["kmeans", "nf4"], [4, 2], "smoke", str(text))
+    found = {(r.method, r.config["bits"]): r for r in rows if r.quantity == "perplexity"}
+    assert found.keys() == {("fp", 32), ("kmeans", 4), ("kmeans", 2), ("nf4", 4)}
+    fp = found["fp", 32]
+    assert fp.config["window"] == 128 and fp.config["stride"] == 64 and fp.config["tokens"] > 400
+    assert fp.config["interval"][0] <= fp.value <= fp.config["interval"][1]
+    errors = {(r.method, r.config["bits"]): r.value for r in rows if r.quantity == "weight_error"}
+    assert errors["kmeans", 4] < errors["kmeans", 2] < 1
+
+
+def test_perplexity_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        bench.perplexity(TINY, "cpu", profile="smoke")
+
+
+def test_weight_error_falls_with_bits_and_with_the_better_method():
+    rows = bench.weight_error(methods=("rtn", "kmeans", "nf4"), bits=(4, 2), profile="smoke")
+    errors = {(r.method, r.config["bits"]): r.value for r in rows if r.quantity == "weight_error"}
+    assert errors["kmeans", 4] < errors["rtn", 4] < errors["rtn", 2] and ("nf4", 2) not in errors
+    assert sum(r.quantity == "quantize_time" for r in rows) == len(errors)
