@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trapetum import builtin, pretraining, training_text
+from trapetum import builtin, pretraining, records, training_text
+from trapetum import trained as trained_model
 from trapetum.pretraining import Recipe, Sampler, Schedule, rows_by_kind
 from trapetum.shapes import MODELS
 
@@ -100,7 +101,7 @@ def test_training_lowers_every_loss(trained):
         assert math.log(p["value"]) < uniform - 0.5
         assert p["interval"][0] < p["value"] < p["interval"][1]
         assert p["window"] == p["stride"] == 64 and p["tokens"] > 1000
-    assert set(summary["samples"]) == set(builtin.PROMPTS)
+    assert set(summary["samples"]) == set(trained_model.PROMPTS)
 
 
 def test_the_log_has_a_row_an_evaluation(trained):
@@ -123,6 +124,39 @@ def test_transformers_loads_what_was_written(trained):
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert builtin.samples(model.eval(), tokenizer) == summary["samples"]
+
+
+def test_the_run_becomes_records(trained):
+    _, summary = trained
+    found = builtin.as_records(summary)
+    assert [r.quantity for r in found] == ["train_time"] + ["perplexity"] * 3
+    assert all(r.kind == "measured" and not r.suspect and r.method == "fp" for r in found)
+    for r, (kind, p) in zip(found[1:], summary["perplexity"].items(), strict=True):
+        assert (r.value, r.config["text"]) == (p["value"], f"held-out {kind}")
+        assert r.config["window"] == r.config["stride"] == 64 and r.config["tokens"] == p["tokens"]
+        assert r.n == len(p["samples"]) > 10 and r.p20 < r.p80
+    assert records.from_json(records.to_json(found[1])) == found[1]
+
+
+def test_the_command_line_trains_writes_and_records(tmp_path, monkeypatch, capsys):
+    words = "--steps 3 --batch 2 --context 64 --tiny --limit 20000 --device cpu".split()
+    folder, kept = tmp_path / "model", tmp_path / "records.jsonl"
+    monkeypatch.setattr("sys.argv", ["builtin", "--out", str(folder), "--records", str(kept), *words])
+    builtin.main()
+    printed = capsys.readouterr().out
+    assert "held-out docstrings: perplexity" in printed and "window 64, stride 64" in printed
+    assert "--- 'Return a'" in printed
+    assert len(records.load(kept).records) == 4 and (folder / "model.safetensors").is_file()
+
+
+def test_the_loss_figure_draws_the_log(trained):
+    from trapetum.figures.training import losses
+
+    out, summary = trained
+    figure = losses(builtin.read_log(out), "cpu", summary["kept"])
+    assert [trace.name for trace in figure.data] == ["training", "validation", "held out"]
+    assert len(figure.data[1].x) == 11 and len(figure.data[0].x) == 10
+    assert figure.layout.shapes[0].x0 == summary["kept"]["tokens"] / 1e6
 
 
 def test_a_seed_fixes_the_weights(trained, tmp_path):

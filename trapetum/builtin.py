@@ -12,26 +12,18 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from trapetum import pretraining, text
+from trapetum import pretraining, records, text
 from trapetum.build import write_atomically
-from trapetum.perplexity import perplexity
 from trapetum.pretraining import Recipe
 from trapetum.shapes import MODELS, ModelShape
+from trapetum.trained import as_records, heldout_perplexity, report, samples
 from trapetum.training_text import encode_parts, make_tokenizer, prepare_texts, tokenizer_texts
 
-PROMPTS = (
-    "Return a",
-    "The :mod:",
-    "class ",
-    'The "with" statement',
-    'def read(self, size=-1):\n    """',
-    "Raises ValueError if",
-)
 FILES = (
     "config.json",
     "tokenizer.json",
@@ -53,6 +45,22 @@ TINY = ModelShape(
     tied_embeddings=True,
     source="this project",
 )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a profile trains: a recipe, a shape, and at most so many characters of each kind of text."""
+
+    recipe: Recipe
+    shape: ModelShape
+    limit: int | None
+
+
+PLANS = {
+    "smoke": Plan(Recipe(steps=60, batch=8, context=64, learning_rate=5e-3), TINY, 60_000),
+    "quick": Plan(Recipe(seconds=60, batch=16, context=128, learning_rate=5e-3), TINY, 1_000_000),
+    "full": Plan(Recipe(), MODELS["builtin"], None),
+}
 
 
 def make_model(shape: ModelShape, context: int, seed: int = 0):
@@ -174,34 +182,6 @@ def _summary(recipe, shape, texts, streams, best, rows, device) -> dict:
     }
 
 
-def heldout_perplexity(model, streams: Mapping[str, torch.Tensor], context: int) -> dict[str, dict]:
-    """Perplexity by kind of held-out text: value, interval, window, stride, tokens, and tokens a character apart."""
-    found = {}
-    for kind, stream in streams.items():
-        if len(stream) > context:
-            p = perplexity(model, stream, window=context, stride=context)
-            found[kind] = {k: v for k, v in asdict(p).items() if k not in ("nll", "counts")}
-    return found
-
-
-@torch.inference_mode()
-def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, new_tokens: int = 80) -> dict[str, str]:
-    """Greedy continuations: prompt -> what the model adds."""
-    found = {}
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-        room = model.config.max_position_embeddings - ids.shape[1]
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(new_tokens, room),
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        found[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return found
-
-
 def _save(out_dir: Path, model, tokenizer, rows: Sequence[dict], summary: dict) -> None:
     """Write everything under temporary names, the weights last."""
     from safetensors.torch import save
@@ -213,30 +193,23 @@ def _save(out_dir: Path, model, tokenizer, rows: Sequence[dict], summary: dict) 
         tokenizer.save_pretrained(folder)
         found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     found["training.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    found["training.json"] = (json.dumps(summary, indent=1) + "\n").encode()
+    found["training.json"] = (json.dumps(_without_samples(summary), indent=1) + "\n").encode()
     found["model.safetensors"] = save(weights, metadata={"format": "pt"})
     for name in FILES:
         write_atomically(out_dir / name, found[name])
         (out_dir / name).chmod(0o644)
 
 
+def _without_samples(summary: dict) -> dict:
+    kinds = {
+        kind: {k: v for k, v in p.items() if k != "samples"} for kind, p in summary["perplexity"].items()
+    }
+    return summary | {"perplexity": kinds}
+
+
 def read_log(directory: str | Path) -> list[dict]:
     """The rows of a run's `training.jsonl`."""
     return [json.loads(line) for line in (Path(directory) / "training.jsonl").read_text().splitlines()]
-
-
-def report(summary: Mapping) -> str:
-    """Held-out perplexities and samples of a run, for a terminal."""
-    lines = [f"kept step {summary['kept']['step']}, validation loss {summary['kept']['validation_loss']:.4f}"]
-    for kind, p in summary["perplexity"].items():
-        low, high = p["interval"]
-        lines.append(
-            f"held-out {kind}: perplexity {p['value']:.2f} ({low:.2f} to {high:.2f}), "
-            f"window {p['window']}, stride {p['stride']}, {p['tokens']} tokens"
-        )
-    for prompt, said in summary["samples"].items():
-        lines.append(f"--- {prompt!r}\n{prompt}{said}")
-    return "\n".join(lines)
 
 
 def _arguments() -> argparse.Namespace:
@@ -254,6 +227,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--records", type=Path, help="append the run's records to this JSON Lines file")
     parser.add_argument("--stdlib", type=Path, help="folder of another installation's standard library")
     parser.add_argument(
         "--limit", type=int, help="at most this many characters of each kind of text, for trials"
@@ -265,9 +239,12 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """The command line of `python -m trapetum.builtin`."""
     args = vars(_arguments())
-    out, device, stdlib, limit = (args.pop(name) for name in ("out", "device", "stdlib", "limit"))
+    out, device, stdlib, limit, kept = (args.pop(k) for k in ("out", "device", "stdlib", "limit", "records"))
     shape = TINY if args.pop("tiny") else None
-    print(report(train(out, replace(Recipe(), **args), shape, device, stdlib, limit)))
+    summary = train(out, replace(Recipe(), **args), shape, device, stdlib, limit)
+    print(report(summary))
+    if kept:
+        records.append(kept, as_records(summary))
 
 
 if __name__ == "__main__":

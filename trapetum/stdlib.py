@@ -4,6 +4,7 @@ They are read from the running interpreter when they are needed; nothing of them
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -148,6 +149,7 @@ def stdlib_documents(stdlib: Path | None = None) -> list[Document]:
     return documents + list(_compiled()) + list(_topics())
 
 
+@functools.lru_cache(maxsize=2048)
 def docstrings(source: str) -> str:
     """The documented names of a module's source, one entry each: the call, then its docstring indented.
 
