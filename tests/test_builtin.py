@@ -138,6 +138,12 @@ def test_the_run_becomes_records(trained):
     assert records.from_json(records.to_json(found[1])) == found[1]
 
 
+def test_variety_tells_a_loop_from_a_text():
+    assert trained_model.variety(["abc" * 50]) == 0 and trained_model.variety(["short"]) == 0
+    assert trained_model.variety([WORDS[:80]]) == 1.0
+    assert 0.3 < trained_model.variety([WORDS[:80], "ab" * 40]) < 0.6
+
+
 def test_the_command_line_trains_writes_and_records(tmp_path, monkeypatch, capsys):
     words = "--steps 3 --batch 2 --context 64 --tiny --limit 20000 --device cpu".split()
     folder, kept = tmp_path / "model", tmp_path / "records.jsonl"

@@ -164,6 +164,7 @@ def _summary(recipe, shape, texts, streams, best, rows, device) -> dict:
     last = rows[-1]
     return {
         "shape": shape.name,
+        "vocabulary": shape.vocab,
         "recipe": asdict(recipe) | {"mix": dict(recipe.mix), "final_mix": dict(recipe.final_mix)},
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,7 +1,8 @@
 """What a freshly trained model scores and says: held-out perplexities, their records, greedy samples."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -49,6 +50,16 @@ def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, new_tokens: int 
         )
         found[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return found
+
+
+def variety(texts: Iterable[str], length: int = 12) -> float:
+    """Share of the stretches of `length` characters that occur once in their text: near 0 for a loop, 1 for none."""
+    once = total = 0
+    for text in texts:
+        counts = Counter(text[i : i + length] for i in range(len(text) - length + 1))
+        once += sum(n == 1 for n in counts.values())
+        total += counts.total()
+    return once / total if total else 0.0
 
 
 def as_records(summary: Mapping) -> list[Record]:
