@@ -25,6 +25,7 @@ __all__ = [
     "Evidence",
     "Implied",
     "Verdict",
+    "card",
     "find",
     "implied_text",
     "judge",
@@ -60,6 +61,16 @@ def implied_text(claim: Claim, records: Sequence[Record]) -> str:
     """What follows from a claim, as one line."""
     rows = claim.implies(records)
     return "; ".join(f"{row.label}: {text(row.value)} {row.unit}".rstrip() for row in rows)
+
+
+def card(number: int, records: Sequence[Record], device: str | None = None) -> str:
+    """One claim as markdown: what is said, what that implies as a small table, and the verdict."""
+    claim = find(number)
+    found = claim.judge(records, device)
+    implied = [f"| {row.label} | {text(row.value)} {row.unit} |" for row in claim.implies(records)]
+    head = f"**Claim {claim.id}** ({claim.who}). {claim.says}"
+    verdict = f"**{found.outcome.capitalize()}** ({found.basis}). {found.reason}"
+    return "\n".join([head, "", "| it implies | |", "|:--|--:|", *implied, "", verdict])
 
 
 def table(records: Sequence[Record], device: str | None = None) -> list[dict[str, str]]:
