@@ -79,13 +79,6 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t count_blocks(const Job *job) { return (job->in_features + BLOCK - 1) / BLOCK; }
 INLINE int64_t count_tiles(const Job *job) { return (job->out_features + ROWS - 1) / ROWS; }
 
-/* The hardware prefetcher alone leaves a core that computes between its loads waiting for memory: ask for codes early,
- * far ahead into the outer caches and a little ahead into the first. Addresses past the end do no harm. */
-INLINE void fetch_ahead(const uint8_t *codes) {
-    __builtin_prefetch(codes + 16384, 0, 1);
-    __builtin_prefetch(codes + 2048, 0, 3);
-}
-
 /* Codes of one tile in the panel that starts at block `first`. */
 INLINE const uint8_t *tile_codes(const Job *job, int64_t first, int64_t in_panel, int64_t tile) {
     return job->codes + (first * count_tiles(job) + tile * in_panel) * GROUP_BYTES;
@@ -334,6 +327,13 @@ static void dequantize_bytes(const Job *job, int64_t begin, int64_t end) {
 #if X86
 
 /* ------------------------------------------------------------------------------------------------------ AVX2 */
+
+/* The hardware prefetcher alone leaves a core that computes between its loads waiting for memory: ask for codes early,
+ * far ahead into the outer caches and a little ahead into the first. Addresses past the end do no harm. */
+INLINE void fetch_ahead(const uint8_t *codes) {
+    __builtin_prefetch(codes + 16384, 0, 1);
+    __builtin_prefetch(codes + 2048, 0, 3);
+}
 
 /* Where q[e] of an AVX2 block comes from. Unpacking bytes inside 128-bit halves visits lanes in this order: half h of
  * the block, vector v (0, 1: even nibbles of lanes 0-1 and 2-3 of each quarter; 2, 3: odd nibbles), word w. Words
@@ -887,7 +887,7 @@ int trapetum_has_openmp(void) {
      : (path) == PATH_AVX512BW ? (avx512bw)                                                                          \
                                : (avx512vnni))
 #else
-#define CHOOSE(path, portable, avx2, avx512bw, avx512vnni) (portable)
+#define CHOOSE(path, portable, avx2, avx512bw, avx512vnni) ((void)(path), (portable))
 #endif
 
 static void *aligned(size_t bytes) {
@@ -960,9 +960,9 @@ int trapetum_dequantize(const uint8_t *codes, const uint16_t *codebook, int64_t 
 /* Sum n 64-bit words, each thread one contiguous run: what reading costs when nothing else is done. */
 uint64_t trapetum_read(const uint64_t *data, int64_t n, int path, int threads) {
     uint64_t (*sum)(const uint64_t *, int64_t) = CHOOSE(path, sum_portable, sum_avx2, sum_avx512, sum_avx512);
-    uint64_t total = 0;
 #ifdef _OPENMP
     if (threads > 1) {
+        uint64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
         {
             int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
