@@ -175,8 +175,8 @@ def _require_complete(missing, name: str) -> None:
 
 
 def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _from_pretrained(source: str, name: str, dtype):
