@@ -303,6 +303,16 @@ def test_perplexity_of_the_model_and_its_quantizations(tiny_with_tokenizer, tmp_
     assert errors["kmeans", 4] < errors["kmeans", 2] < 1
 
 
+def test_calibration_uses_only_what_is_not_scored(tiny_with_tokenizer, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 64 + "the calibration follows. " * 40)
+    rows = bench.perplexity("tiny", "cpu", ["kmeans-weighted"], [4], "smoke", str(text), dense=False)
+    assert {r.method for r in rows} == {"kmeans-weighted"}
+    text.write_text("abcdefgh" * 70)
+    with pytest.raises(ValueError, match="48 tokens beyond the scored ones; calibration needs 128"):
+        bench.perplexity("tiny", "cpu", ["kmeans-weighted"], [4], "smoke", str(text), dense=False)
+
+
 def test_perplexity_needs_a_tokenizer():
     with pytest.raises(ValueError, match="has no tokenizer"):
         bench.perplexity(TINY, "cpu", profile="smoke")

@@ -14,11 +14,12 @@ from trapetum.quantizers import weight_error as relative_error
 from trapetum.records import Record
 from trapetum.text import load_text, text_sha256
 
+CALIBRATION_WINDOWS = 16
 CHARACTERS_A_TOKEN = 8  # more than any tokenizer here needs, so that the text is never short
 
 
 class NoText(ValueError):
-    """A perplexity needs a tokenizer, and the model has none."""
+    """There is no tokenizer, or not enough text."""
 
 
 def perplexity(
@@ -46,11 +47,11 @@ def perplexity(
         `weight_error` and `quantize_time` (s) for each quantization.
 
     Raises:
-        NoText: the model has no tokenizer.
+        NoText: the model has no tokenizer, or the text is too short to calibrate on what is not scored.
     """
     recorder = Recorder(device, profile)
     loaded = models.load(model_name, recorder.device)
-    tokens = _tokens(loaded, text, recorder)
+    tokens, unscored = _tokens(loaded, text, recorder)
     if dense or swap.is_quantized(loaded.model):
         _add_perplexity(recorder, loaded, tokens, text, *_as_it_is(loaded.model))
     if swap.is_quantized(loaded.model):
@@ -58,7 +59,7 @@ def perplexity(
     for b in bits:
         for method in methods:
             loaded = models.load(model_name, recorder.device)
-            if _quantize(recorder, loaded, method, b, tokens):
+            if _quantize(recorder, loaded, method, b, unscored):
                 _add_perplexity(recorder, loaded, tokens, text, method, {"bits": b, "n_codes": 2**b})
     return recorder.close()
 
@@ -71,7 +72,8 @@ def _as_it_is(model) -> tuple[str, dict]:
     return note.get("method") or "codebook", {k: note[k] for k in ("bits", "n_codes") if k in note}
 
 
-def _tokens(loaded: Loaded, text: str, recorder: Recorder) -> torch.Tensor:
+def _tokens(loaded: Loaded, text: str, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens to score, and the ones after them, for methods that calibrate."""
     if loaded.tokenizer is None:
         raise NoText(
             f"{loaded.name} has no tokenizer, so no text can be scored; choose builtin or a checkpoint."
@@ -79,20 +81,31 @@ def _tokens(loaded: Loaded, text: str, recorder: Recorder) -> torch.Tensor:
     wanted = recorder.sizes.text_tokens
     words = load_text(text, wanted * CHARACTERS_A_TOKEN)
     ids = loaded.tokenizer(words, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    return ids[:wanted]
+    return ids[:wanted], ids[wanted:]
 
 
 def _possible(method: str, bits: int) -> bool:
     return not (method == "nf4" and bits != 4)
 
 
-def _quantize(recorder: Recorder, loaded: Loaded, method: str, bits: int, tokens: torch.Tensor) -> bool:
+def _calibration(tokens: torch.Tensor, window: int) -> list[torch.Tensor]:
+    """Up to 16 windows of tokens that are not scored.
+
+    Raises:
+        NoText: the text ends before the first window.
+    """
+    rows = tokens[: len(tokens) // window * window].view(-1, window)[:CALIBRATION_WINDOWS]
+    if not len(rows):
+        raise NoText(f"the text has {len(tokens)} tokens beyond the scored ones; calibration needs {window}.")
+    return [row.unsqueeze(0) for row in rows]
+
+
+def _quantize(recorder: Recorder, loaded: Loaded, method: str, bits: int, unscored: torch.Tensor) -> bool:
     """Quantize in place and record error and time; False where the method has no such bits."""
     if not _possible(method, bits):
         return False
-    calibration = None
-    if method == "kmeans-weighted":
-        calibration = [tokens[-2048:].reshape(1, -1)[:, : recorder.sizes.window]]
+    needs = method == "kmeans-weighted"
+    calibration = _calibration(unscored, recorder.sizes.window) if needs else None
     report = swap.quantize_model(loaded.model, bits, method, calibration=calibration, progress=False)
     config = {"model": loaded.name, "bits": bits, "n_codes": report.n_codes, "layers": len(report.errors)}
     samples = list(report.errors.values())
