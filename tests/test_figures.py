@@ -260,7 +260,7 @@ def test_perplexity_never_mixes_protocols(published):
     papers = records.select(published, quantity="perplexity")
     figure = figures.perplexity_by_bits(own, papers)
     titles = [a.text for a in figure.layout.annotations if "unquantized" not in a.text]
-    assert len(titles) == 4 and titles[0].startswith("measured") and len(set(titles)) == 4
+    assert len(titles) == 3 and titles[0].startswith("measured") and len(set(titles)) == 3
     assert {"circle", "diamond"} <= symbols(figure)
     only = figures.perplexity_by_bits([], papers)
     assert len(only.data) > 3
@@ -336,12 +336,14 @@ def pareto_points(published):
 def test_front_holds_what_nothing_beats_and_what_fits(published):
     points = pareto_points(published)
     free = pareto_state.state(points, "memory_gb", "tok_s", None, None)
-    assert free.front_y == sorted(free.front_y) and free.front_x == sorted(free.front_x)
-    assert free.front_y[-1] == max(
-        p.values["tok_s"] for p in points if "memory_gb" in p.values and not p.suspect
-    )
+    stairs = free.front_of_all
+    assert stairs.y == sorted(stairs.y) and stairs.x == sorted(stairs.x)
+    assert stairs.y[-1] == max(p.values["tok_s"] for p in points if "memory_gb" in p.values and not p.suspect)
     tight = pareto_state.state(points, "memory_gb", "tok_s", None, 3.6)
-    assert max(tight.front_x) <= 3.6 and pareto_state.UNFIT in tight.colours
+    assert max(tight.front.x[:-1]) <= 3.6 and pareto_state.UNFIT in tight.colours
+    own = [label for label in free.front.labels if label]
+    measured = {p.system for p in points if p.kinds["tok_s"] == "measured"}
+    assert own and set(own) <= measured
 
 
 def apply(figure, changes):
@@ -365,8 +367,8 @@ def test_sliders_hold_every_state_of_the_figure(published):
     assert after["x"] == [None if v is None else float(f"{v:.5g}") for v in expected.x] != list(before["x"])
     assert after["marker.symbol"] == expected.symbols
     chosen = apply(figure, limit.steps[1].args)
-    assert [t["opacity"] for t in chosen[:4]] == [0, 0, 1, 1]
-    assert [t["hoverinfo"] for t in chosen[:4]] == ["skip", "skip", "all", "all"]
+    assert [t["opacity"] for t in chosen[:6]] == [0, 0, 0, 1, 1, 1]
+    assert [t["hoverinfo"] for t in chosen[:6]] == ["skip"] * 3 + ["all"] * 3
 
 
 def test_dropdown_shows_one_view_and_keeps_the_legend(published):
@@ -379,7 +381,7 @@ def test_dropdown_shows_one_view_and_keeps_the_legend(published):
         assert len(visible) == len(figure.data)
         assert all(v for v, entry in zip(visible, legend, strict=True) if entry)
         drawn = [i for i, (v, entry) in enumerate(zip(visible, legend, strict=True)) if v and not entry]
-        assert len(drawn) == 2 * len(figure.layout.sliders[1].steps) + 1
+        assert len(drawn) == 3 * len(figure.layout.sliders[1].steps) + 1
     assert len(json.dumps(figure.to_plotly_json(), default=str)) < 1_500_000
 
 

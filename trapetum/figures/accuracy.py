@@ -1,11 +1,13 @@
 """What fewer bits cost: perplexity and weight error by bits and method."""
 
+import textwrap
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from trapetum.figures.style import (
+    LOG,
     ROOF_COLOUR,
     add_key,
     colour,
@@ -43,7 +45,8 @@ def perplexity_by_bits(
 
     Args:
         records: measured `perplexity` records of one protocol; method `fp` is the model as it is: the ideal line.
-        published: published ones; each protocol with at least two methods has its own panel, the three largest shown.
+        published: published ones; each protocol with at least two methods has its own panel; two are shown,
+            those that state their window first.
         title: above the figure.
     """
     panels = ([("measured: " + protocol_of(records[0]), list(records))] if records else []) + _panels(
@@ -61,7 +64,7 @@ def perplexity_by_bits(
     figure.update_xaxes(title="bits a weight", dtick=1)
     figure.update_yaxes(title="perplexity", col=1)
     figure.update_annotations(font_size=12)
-    figure.update_layout(margin_t=130, legend_y=-0.2)
+    figure.update_layout(margin_t=130)
     return add_key(figure, [r for _, group in panels for r in group])
 
 
@@ -70,12 +73,10 @@ def _panels(published: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     for r in published:
         groups.setdefault(protocol_of(r), []).append(r)
     chosen = [(f"published: {name}", g) for name, g in groups.items() if len({r.method for r in g}) > 1]
-    return sorted(chosen, key=lambda pair: -len(pair[1]))[:3]
+    return sorted(chosen, key=lambda pair: (pair[1][0].config.get("window") is None, -len(pair[1])))[:2]
 
 
 def _broken(text: str, width: int = 34) -> str:
-    import textwrap
-
     return "<br>".join(textwrap.wrap(text, width))
 
 
@@ -83,8 +84,9 @@ def _draw_panel(figure: go.Figure, column: int, group: Sequence[Record], seen: s
     for base in [r for r in group if r.method == "fp"][:1]:
         line = {"color": ROOF_COLOUR, "dash": "dash", "width": 2}
         note = {"text": f"unquantized {digits(base.value)}", "font": {"color": ROOF_COLOUR, "size": 11}}
+        place = {"row": 1, "col": column, "exclude_empty_subplots": False}
         figure.add_hline(
-            y=base.value, line=line, annotation=note, annotation_position="bottom right", row=1, col=column
+            y=base.value, line=line, annotation=note, annotation_position="bottom right", **place
         )
     for method in dict.fromkeys(r.method for r in group if r.method != "fp"):
         rows = sorted((r for r in group if r.method == method and bits_of(r)), key=bits_of)
@@ -95,6 +97,9 @@ def _draw_panel(figure: go.Figure, column: int, group: Sequence[Record], seen: s
             )
             figure.add_trace(trace.update(mode="lines+markers", error_y=_interval(rows)), 1, column)
             seen.add(method)
+    values = [r.value for r in group]
+    if max(values) > 4 * min(values):
+        figure.update_yaxes(row=1, col=column, **LOG)
 
 
 def _interval(records: Sequence[Record]) -> dict | None:
@@ -136,5 +141,5 @@ def weight_error(records: Sequence[Record], title: str = "Weight error against b
         )
         figure.add_trace(trace.update(mode="lines+markers"))
     figure.update_xaxes(title="bits a weight", dtick=1)
-    figure.update_yaxes(title="relative squared error", type="log", exponentformat="power")
+    figure.update_yaxes(title="relative squared error", **LOG)
     return add_key(figure, found)

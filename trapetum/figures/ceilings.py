@@ -20,6 +20,7 @@ from trapetum.figures.style import (
     nothing,
     points,
     provenance,
+    rgba,
     spread,
 )
 from trapetum.records import Record
@@ -44,13 +45,12 @@ def ceilings(records: Sequence[Record], machine: Mapping, peak_gbps: float | Non
     title = f"Ceilings of {machine.get('name', 'this machine')}"
     if not found:
         return nothing(title, "No read bandwidth has been measured yet: run the measuring cell above.")
-    names = [_read_name(r) for r in found]
-    figure = new_figure(title, _facts(machine), height=190 + 46 * len(found))
+    names = [f"{_read_name(r)}<br><b>{digits(r.value)} GB/s</b>" for r in found]
+    figure = new_figure(title, _facts(machine), height=210 + 58 * len(found))
     figure.add_trace(
         go.Bar(
             y=names, x=[r.value for r in found], orientation="h", width=0.5, showlegend=False,
-            marker_color=PALETTE["read"], opacity=0.18, hoverinfo="skip",
-            text=[f" {digits(r.value)} GB/s" for r in found], textposition="outside", cliponaxis=False,
+            marker_color=rgba(PALETTE["read"], 0.15), hoverinfo="skip",
         )
     )  # fmt: skip
     marks = points(found, [r.value for r in found], names, "read", PALETTE["read"], showlegend=False)
@@ -61,7 +61,7 @@ def ceilings(records: Sequence[Record], machine: Mapping, peak_gbps: float | Non
         _vertical_roof(figure, peak_gbps, f"datasheet {digits(peak_gbps)} GB/s (published)")
     figure.update_xaxes(title="read bandwidth, GB/s", range=[0, 1.22 * top])
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(margin_t=100, legend_y=-0.35)
+    figure.update_layout(margin_t=100)
     return add_key(figure, found)
 
 
@@ -115,9 +115,9 @@ def roofline(
     figure = new_figure(f"Roofline{' of ' + device if device else ''}", subtitle, height=500)
     ridges = {name: peak * 1e3 / bandwidth_gbps for name, peak in peaks.items()}
     last = 8 * max([*ridges.values(), *map(float, batches), 64.0])
-    for name, peak in peaks.items():
+    for number, (name, peak) in enumerate(peaks.items()):
         _draw_roof(figure, bandwidth_gbps, peak, f"roof {name}: {digits(peak)} TFLOP/s", last)
-        _note(figure, ridges[name], peak, f"ridge {name}<br>{digits(ridges[name])} FLOP/B")
+        _note(figure, ridges[name], peak, f"ridge {name}: {digits(ridges[name])} FLOP/B", -24 - 22 * number)
     if not peaks:
         _draw_roof(figure, bandwidth_gbps, None, f"bandwidth {digits(bandwidth_gbps)} GB/s", last)
     _draw_batches(figure, bandwidth_gbps, max(peaks.values(), default=None), batches)
@@ -156,21 +156,21 @@ def _draw_batches(
     text = [f"batch {b}" for b in batches]
     figure.add_trace(
         go.Scatter(
-            x=list(batches), y=roof, mode="markers+text", text=text, textposition="middle right",
+            x=list(batches), y=roof, mode="markers+text", text=text, textposition="bottom right",
             name="fp16 weights, derived", marker={"symbol": "triangle-up", "size": 10, "color": FAINT},
             textfont={"color": FAINT, "size": 11}, hovertemplate="%{text}: at most %{y:.4g} TFLOP/s<extra></extra>",
         )
     )  # fmt: skip
 
 
-def _note(figure: go.Figure, x: float, y: float, text: str) -> None:
+def _note(figure: go.Figure, x: float, y: float, text: str, up: int) -> None:
     figure.add_annotation(
         x=np.log10(x),
         y=np.log10(y),
         text=text,
         showarrow=True,
-        ax=-55,
-        ay=-28,
+        ax=-110,
+        ay=up,
         font={"size": 11, "color": INK},
     )
 
@@ -198,7 +198,9 @@ def your_machine(here: Sequence[Record], recorded: Sequence[Record], name: str =
     for record in recorded:
         columns.setdefault(f"{device_name(record)}<br>recorded", []).append(record)
     rows = [[_best(group, quantity, filters) for group in columns.values()] for _, quantity, filters in _CARD]
-    kept = [(row[0], cells) for row, cells in zip(_CARD, rows, strict=True) if any(cell != "-" for cell in cells)]
+    kept = [
+        (row[0], cells) for row, cells in zip(_CARD, rows, strict=True) if any(cell != "-" for cell in cells)
+    ]
     if not kept:
         return nothing("Your machine beside recorded ones", "Nothing has been measured or recorded yet.")
     cells = [
@@ -234,7 +236,7 @@ def _best(records: Sequence[Record], quantity: str, filters: Mapping) -> str:
 
 
 def _table(header: Sequence[str], columns: Sequence[Sequence[str]], fills: Sequence[str]) -> go.Table:
-    align = ["left", *["right"] * (len(columns) - 1)]
+    align = ["left", *["center"] * (len(columns) - 1)]
     return go.Table(
         header={"values": list(header), "align": align, "fill_color": "#eef1f4", "font": {"size": 13}, "height": 42},
         cells={

@@ -49,11 +49,13 @@ def decode_stages(
         offset, width = (number - (len(groups) - 1) / 2) * 0.84 / len(groups), 0.76 / len(groups)
         x = [stages.index(_stage(r)) + offset for r in group]
         tint = colour(method_of(group[0]), group[0].config.get("bits"))
-        figure.add_trace(_decode_bars(group, x, name, tint, width, roof_gbps))
+        figure.add_trace(_decode_bars(group, x, name, tint, width))
         marks = points(group, x, [r.value for r in group], name, tint, size=8, showlegend=False)
         figure.add_trace(marks.update(error_y=spread(group)))
         if roof_gbps:
             figure.add_trace(_bounds(group, x, width, roof_gbps, showlegend=number == 0))
+        for place, r in zip(x, group, strict=True):
+            _write(figure, place, r, roof_gbps)
     figure.update_xaxes(tickvals=list(range(len(stages))), ticktext=stages)
     figure.update_yaxes(title="tok/s", rangemode="tozero")
     return add_key(figure, found)
@@ -73,18 +75,21 @@ def _what(records: Sequence[Record]) -> str:
     return f"tok/s at batch 1, {', '.join(m for m in models if m)}{where}"
 
 
-def _decode_bars(group, x, name, tint, width, roof_gbps) -> go.Bar:
-    def words(r: Record) -> str:
-        moved = implied_gbps(r)
-        if moved is None:
-            return f"<b>{digits(r.value)}</b>"
-        share = f"<br>{moved / roof_gbps:.0%} of bound" if roof_gbps else ""
-        return f"<b>{digits(r.value)}</b><br>{digits(moved)} GB/s{share}"
+def _decode_bars(group, x, name, tint, width) -> go.Bar:
+    fill = {"color": rgba(tint, 0.45), "line": {"color": tint, "width": 1.3}}
+    return go.Bar(x=x, y=[r.value for r in group], width=width, name=name, hoverinfo="skip", marker=fill)
 
-    return go.Bar(
-        x=x, y=[r.value for r in group], width=width, name=name, hoverinfo="skip", text=[words(r) for r in group],
-        textposition="outside", textfont={"size": 11, "color": INK}, cliponaxis=False, textangle=0,
-        marker={"color": rgba(tint, 0.45), "line": {"color": tint, "width": 1.3}},
+
+def _write(figure: go.Figure, x: float, record: Record, roof_gbps: float | None) -> None:
+    """Speed, bandwidth and share of the bound above a bar, on white so that a bound behind it does not cross it out."""
+    lines = [f"<b>{digits(record.value)}</b>"]
+    moved = implied_gbps(record)
+    if moved is not None:
+        lines.append(f"{digits(moved)} GB/s")
+        lines += [f"{moved / roof_gbps:.0%} of bound"] if roof_gbps else []
+    figure.add_annotation(
+        x=x, y=record.p80 or record.value, text="<br>".join(lines), showarrow=False, yshift=8, yanchor="bottom",
+        font={"size": 11}, bgcolor="rgba(255,255,255,0.85)", borderpad=1,
     )  # fmt: skip
 
 
@@ -141,12 +146,14 @@ def waterfall(
         figure.add_trace(_rising(side, labels, unit), 1, column)
     if ideal is not None:
         line = {"color": ROOF_COLOUR, "dash": "dash", "width": 2}
-        note = {"text": f"ideal {digits(ideal)} {unit}", "font": {"color": ROOF_COLOUR, "size": 12}}
-        figure.add_hline(
-            y=ideal, line=line, annotation=note, annotation_position="top left", row=1, col=len(sides)
+        figure.add_hline(y=ideal, line=line, row=1, col=len(sides))
+        heading = figure.layout.annotations[len(sides) - 1]
+        heading.text += (
+            f"<br><span style='color:{ROOF_COLOUR}'>ideal {digits(ideal)} {unit}: bytes alone</span>"
         )
     figure.update_yaxes(title=f"time, {unit}", rangemode="tozero", col=1)
     figure.update_xaxes(tickangle=-35)
+    figure.update_annotations(font_size=14)
     figure.update_layout(margin_t=120, showlegend=False)
     return figure
 

@@ -1,18 +1,21 @@
 """Energy of a token, gross and net of idle, and the carbon it means on different grids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import plotly.graph_objects as go
 
 from trapetum.figures.style import (
     INK,
+    LOG,
     add_key,
     colour,
+    device_name,
     digits,
     label_of,
     method_of,
     new_figure,
     nothing,
+    place_legend,
     points,
     provenance,
     rgba,
@@ -43,24 +46,34 @@ def energy_bars(records: Sequence[Record], title: str = "Energy of a generated t
         records: `energy_per_token` records (J) with `config.accounting` `"gross"` or `"net"`.
         title: above the figure.
     """
-    found = [r for r in records if r.quantity == "energy_per_token"]
+    found = _distinct(r for r in records if r.quantity == "energy_per_token")
     if not found:
         return nothing(title, "No energy could be read here, and none is recorded.")
-    names = list(dict.fromkeys(_name(r) for r in found))
+    many = len({device_name(r) for r in found}) > 1
+    named = {r.id: f"{_name(r)}<br>{device_name(r)}" if many else _name(r) for r in found}
+    names = list(dict.fromkeys(named.values()))
     figure = new_figure(title, provenance(found, "J a token, lower is better"), 170 + 52 * len(names))
-    for accounting, offset in (("gross", -0.2), ("net", 0.2)):
+    both = any(r.config.get("accounting") == "net" for r in found)
+    for accounting, offset in (("gross", -0.2 if both else 0.0), ("net", 0.2)):
         rows = [r for r in found if r.config.get("accounting", "gross") == accounting]
         if rows:
-            _draw_bars(figure, rows, [names.index(_name(r)) + offset for r in rows], accounting)
+            _draw_bars(figure, rows, [names.index(named[r.id]) + offset for r in rows], accounting)
     figure.update_xaxes(title="J a token", range=[0, 1.2 * max(r.value for r in found)])
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed")
-    figure.update_layout(legend_y=-0.3)
     return add_key(figure, found)
 
 
 def _name(record: Record) -> str:
-    more = [str(record.config[k]) for k in ("stage", "host", "format") if record.config.get(k)]
+    more = [str(record.config[k]) for k in ("stage", "host", "format", "range") if record.config.get(k)]
     return f"{label_of(record)}{' · ' if more else ''}{', '.join(more)}"
+
+
+def _distinct(records: Iterable[Record]) -> list[Record]:
+    """The records without those that only repeat another's name, accounting and value (a figure published twice)."""
+    kept: dict[tuple, Record] = {}
+    for r in records:
+        kept.setdefault((device_name(r), _name(r), r.config.get("accounting"), r.value), r)
+    return list(kept.values())
 
 
 def _draw_bars(figure: go.Figure, rows: Sequence[Record], y: Sequence[float], accounting: str) -> None:
@@ -70,7 +83,7 @@ def _draw_bars(figure: go.Figure, rows: Sequence[Record], y: Sequence[float], ac
         go.Bar(
             y=list(y), x=[r.value for r in rows], orientation="h", width=0.36, showlegend=False, hoverinfo="skip",
             marker={"color": [rgba(t, strength) for t in tints], "line": {"color": tints, "width": 1.3}},
-            text=[f"  {digits(r.value)} J {accounting}" for r in rows], textposition="outside", cliponaxis=False,
+            text=[f"     {digits(r.value)} J {accounting}" for r in rows], textposition="outside", cliponaxis=False,
         )
     )  # fmt: skip
     marks = points(rows, [r.value for r in rows], y, accounting, INK, size=8, showlegend=False)
@@ -112,9 +125,9 @@ def carbon(
                 hovertemplate=f"{_name(r)}: %{{y:.3g}} g<br>from record {r.id}<extra></extra>",
             )
         )  # fmt: skip
-    figure.update_yaxes(title="g CO2 for 1000 tokens", type="log", exponentformat="none")
+    figure.update_yaxes(title="g CO2 for 1000 tokens", **LOG)
     figure.update_layout(margin_t=110)
-    return figure
+    return place_legend(figure)
 
 
 def carbon_g(joules_per_token: float, grams_per_kwh: float, tokens: int = 1000) -> float:

@@ -7,12 +7,14 @@ import plotly.graph_objects as go
 
 from trapetum.figures.style import (
     FAINT,
+    LOG,
     add_key,
     colour,
     digits,
     method_of,
     new_figure,
     nothing,
+    place_legend,
     points,
     provenance,
     rgba,
@@ -52,9 +54,9 @@ def predicted_vs_measured(rows: Sequence[Mapping], title: str = "Predicted again
                 hovertemplate="%{text}<br>predicted %{x:.4g}, measured %{y:.4g}<extra></extra>", textfont={"size": 11},
             )
         )  # fmt: skip
-    figure.update_xaxes(title=f"predicted, {' or '.join(units)}", type="log")
-    figure.update_yaxes(title=f"measured, {' or '.join(units)}", type="log")
-    return figure
+    figure.update_xaxes(title=f"predicted, {' or '.join(units)}", **LOG)
+    figure.update_yaxes(title=f"measured, {' or '.join(units)}", **LOG)
+    return place_legend(figure)
 
 
 def law_fit(

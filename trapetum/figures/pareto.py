@@ -25,6 +25,8 @@ from trapetum.figures.pareto_state import (
 from trapetum.figures.style import FAINT, INK, KIND_SYMBOLS, ROOF_COLOUR, colour, new_figure, nothing
 from trapetum.figures.tradeoffs import Point
 
+TRACES = 3  # of each view and limit: the points and two fronts
+
 
 def pareto(points: Sequence[Point], title: str = "") -> go.Figure:
     """Speed, memory, accuracy and energy of the ways to decode one model on one device.
@@ -47,20 +49,28 @@ def pareto(points: Sequence[Point], title: str = "") -> go.Figure:
             "points of several devices or models do not compare; take one of trapetum.figures.groups."
         )
     limits = limits_gb(points)
-    figure = new_figure(f"{title}<br>{points[0].model} on {points[0].device}", height=760)
+    figure = new_figure(title, _what(points), height=760)
     plan = [(view, limit) for view in views for limit in limits]
     for (x, y), limit in plan:
         shown = state(points, x, y, None, limit)
         on = (x, y) == views[0]
         hidden = {} if limit is None else {"opacity": 0, "hoverinfo": "skip"}
         figure.add_trace(points_trace(points, shown).update(visible=on, **hidden))
-        figure.add_trace(front_trace(shown).update(visible=on, **hidden))
+        figure.add_trace(front_trace(shown.front).update(visible=on, **hidden))
+        figure.add_trace(front_trace(shown.front_of_all, "dot").update(visible=on, **hidden))
     for view in views:
         figure.add_trace(roof_trace(points, *view, None).update(visible=view == views[0]))
     _add_legend(figure, points)
     _add_controls(figure, points, views, limits, plan)
     figure.update_layout(axes_layout(*views[0]))
     return figure
+
+
+def _what(points: Sequence[Point]) -> str:
+    speeds = {p.records["tok_s"].id: p.kinds["tok_s"] for p in points}
+    counts = {kind: list(speeds.values()).count(kind) for kind in ("measured", "published")}
+    made = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+    return f"{points[0].model} on {points[0].device}, batch 1 · decodes: {made} · hover for the records"
 
 
 def _add_legend(figure: go.Figure, points: Sequence[Point]) -> None:
@@ -77,11 +87,24 @@ def _add_legend(figure: go.Figure, points: Sequence[Point]) -> None:
     if any(p.stale for p in points):
         _legend_entry(figure, "stale", {"color": FAINT, "symbol": "circle-open-dot"})
     _legend_entry(figure, "above the limit", {"color": UNFIT, "symbol": "circle"})
-    line = {"color": FRONT, "width": 1.5, "shape": "hv"}
-    figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name="front"))
-    line = {"color": ROOF_COLOUR, "dash": "dash", "width": 2}
-    figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name="roof: bytes / bandwidth"))
-    figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "itemclick": False})
+    lines = {
+        "front": (FRONT, "solid"),
+        "front with published": (FRONT, "dot"),
+        "roof: bytes": (ROOF_COLOUR, "dash"),
+    }
+    for name, (tint, dash) in lines.items():
+        line = {"color": tint, "dash": dash, "width": 1.8}
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=name))
+    figure.update_layout(
+        legend={
+            "orientation": "v",
+            "x": 1.02,
+            "y": 1,
+            "yanchor": "top",
+            "itemclick": False,
+            "itemdoubleclick": False,
+        }
+    )
 
 
 def _ours(point: Point) -> float | None:
@@ -115,12 +138,12 @@ def _add_controls(figure: go.Figure, points, views, limits, plan) -> None:
         sliders.append(_slider("memory limit: ", [_limit_step(plan, limit) for limit in limits], -0.36))
     figure.update_layout(
         updatemenus=[{"buttons": menu, "showactive": True, **place}],
-        sliders=sliders, margin={"t": 130, "b": 230, "r": 20},
+        sliders=sliders, margin={"t": 118, "b": 230, "r": 20},
     )  # fmt: skip
 
 
 def _visible(plan, views, view, count: int) -> list[bool]:
-    shown = [v == view for v, _ in plan for _ in range(2)] + [v == view for v in views]
+    shown = [v == view for v, _ in plan for _ in range(TRACES)] + [v == view for v in views]
     return shown + [True] * (count - len(shown))
 
 
@@ -143,7 +166,8 @@ def _context_step(points, views, plan, context: float | None) -> dict:
     for view, limit in plan:
         shown = state(points, *view, context, limit)
         add(shown.x, shown.y, symbols=shown.symbols, colours=shown.colours)
-        add(shown.front_x, shown.front_y, shown.front_labels)
+        add(*shown.front)
+        add(*shown.front_of_all)
     for view in views:
         add(*roof_line(points, *view, context))
     label = "as recorded" if context is None else f"{context:,}"
@@ -156,7 +180,7 @@ def _rounded(values: Sequence[float | None]) -> list[float | None]:
 
 def _limit_step(plan, limit: float | None) -> dict:
     """One stop of the memory slider: traces made for another limit become invisible and deaf to the mouse."""
-    on = [here == limit for _, here in plan for _ in range(2)]
+    on = [here == limit for _, here in plan for _ in range(TRACES)]
     change = {
         "opacity": [int(shown) for shown in on],
         "hoverinfo": ["all" if shown else "skip" for shown in on],

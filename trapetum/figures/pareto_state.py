@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from trapetum.figures.style import INK, KIND_SYMBOLS, ROOF_COLOUR, colour, digits
+from trapetum.figures.style import INK, KIND_SYMBOLS, LOG, ROOF_COLOUR, colour, digits
 from trapetum.figures.tradeoffs import Point
 from trapetum.pareto import front
 from trapetum.shapes import MODELS
@@ -42,33 +42,65 @@ class State(NamedTuple):
     y: list[float | None]
     symbols: list[str]
     colours: list[str]
-    front_x: list[float]
-    front_y: list[float]
-    front_labels: list[str]
+    front: "Staircase"
+    front_of_all: "Staircase"
+
+
+class Staircase(NamedTuple):
+    """A front as a line, from edge to edge of the points shown; labels are empty at the edges."""
+
+    x: list[float]
+    y: list[float]
+    labels: list[str]
 
 
 def state(points: Sequence[Point], x: str, y: str, context: float | None, limit_gb: float | None) -> State:
     """Coordinates, markers and front of `points` for a pair of axes, a context and a memory limit.
 
-    Points above the limit are grey; they and suspect ones are not on the front.
+    Points above the limit are grey; they and suspect ones are on no front. `front` holds what was measured, and
+    `front_of_all` published points too; where nothing was measured, `front` is the one of all.
     """
     values = [p.at(context) for p in points]
     known = [x in v and y in v for v in values]
     fits = [limit_gb is None or v.get("memory_gb", 0.0) <= limit_gb for v in values]
     allowed = [i for i, p in enumerate(points) if known[i] and fits[i] and not p.suspect]
-    minimize = [axis for axis in (x, y) if not AXES[axis].more_is_better]
-    maximize = [axis for axis in (x, y) if AXES[axis].more_is_better]
-    best = [allowed[i] for i in front([values[i] for i in allowed], minimize, maximize)]
-    best.sort(key=lambda i: (values[i][x], values[i][y]))
+    measured = [i for i in allowed if points[i].kinds["tok_s"] == "measured"]
+    of_all = _staircase(points, values, allowed, x, y)
     return State(
         [v[x] if k else None for v, k in zip(values, known, strict=True)],
         [v[y] if k else None for v, k in zip(values, known, strict=True)],
         [_symbol(p, x, y, context) for p in points],
         [colour(p.method, p.bits) if f else UNFIT for p, f in zip(points, fits, strict=True)],
-        [values[i][x] for i in best],
-        [values[i][y] for i in best],
-        [points[i].label for i in best],
+        _staircase(points, values, measured, x, y) if measured else of_all,
+        of_all if measured else Staircase([], [], []),
     )
+
+
+def _staircase(
+    points: Sequence[Point], values: Sequence[dict], chosen: Sequence[int], x: str, y: str
+) -> Staircase:
+    """The front of the chosen points as a line, prolonged to the worst y on its left and the worst x on its right."""
+    minimize = [axis for axis in (x, y) if not AXES[axis].more_is_better]
+    maximize = [axis for axis in (x, y) if AXES[axis].more_is_better]
+    best = [chosen[i] for i in front([values[i] for i in chosen], minimize, maximize)]
+    if not best:
+        return Staircase([], [], [])
+    best.sort(key=lambda i: (values[i][x], values[i][y]))
+    shown = [v for v in values if x in v and y in v]
+    worst_y = (min if AXES[y].more_is_better else max)(v[y] for v in shown)
+    names = list(dict.fromkeys((values[i][x], values[i][y]) for i in best))
+    labels = {place: _label(points, best, values, place, x, y) for place in names}
+    return Staircase(
+        [names[0][0], *(place[0] for place in names), max(v[x] for v in shown)],
+        [worst_y, *(place[1] for place in names), names[-1][1]],
+        ["", *(labels[place] for place in names), ""],
+    )
+
+
+def _label(points, best, values, place, x: str, y: str) -> str:
+    """The name of the first point at a place; without its quantizer where accuracy is not shown."""
+    first = next(points[i] for i in best if (values[i][x], values[i][y]) == place)
+    return first.label if "loss_pct" in (x, y) else first.system
 
 
 def _symbol(point: Point, x: str, y: str, context: float | None) -> str:
@@ -95,24 +127,20 @@ def hover(point: Point) -> str:
 
 def points_trace(points: Sequence[Point], shown: State) -> go.Scatter:
     """The markers of one state."""
-    marker = {
-        "symbol": shown.symbols,
-        "color": shown.colours,
-        "size": 12,
-        "line": {"width": 1, "color": "white"},
-    }
-    marker["line"]["width"] = [2 if "open" in symbol else 0.5 for symbol in shown.symbols]
+    border = {"width": [2 if "open" in symbol else 0.5 for symbol in shown.symbols], "color": "white"}
+    marker = {"symbol": shown.symbols, "color": shown.colours, "size": 12, "line": border}
     return go.Scatter(
         x=shown.x, y=shown.y, mode="markers", marker=marker, customdata=[hover(p) for p in points], showlegend=False,
         hovertemplate="%{customdata}<br>here: %{x:.4g}, %{y:.4g}<extra></extra>", name="points",
     )  # fmt: skip
 
 
-def front_trace(shown: State) -> go.Scatter:
-    """The staircase through the points that nothing beats, with their names."""
+def front_trace(stairs: Staircase, dash: str = "solid") -> go.Scatter:
+    """The staircase through the points that nothing beats, with their names on the solid one."""
+    mode = "lines+text" if dash == "solid" else "lines"
     return go.Scatter(
-        x=shown.front_x, y=shown.front_y, mode="lines+text", text=shown.front_labels, textposition="top left",
-        textfont={"size": 11, "color": INK}, line={"shape": "hv", "color": FRONT, "width": 1.5}, name="front",
+        x=stairs.x, y=stairs.y, mode=mode, text=stairs.labels, textposition="top right", name="front",
+        textfont={"size": 11, "color": INK}, line={"shape": "hv", "color": FRONT, "width": 1.5, "dash": dash},
         showlegend=False, hoverinfo="skip", cliponaxis=False,
     )  # fmt: skip
 
@@ -158,8 +186,12 @@ def axes_layout(x: str, y: str) -> dict:
     return {
         "xaxis.title.text": f"{AXES[x].title} ({_better(x)})",
         "xaxis.type": AXES[x].scale,
+        "xaxis.tickvals": LOG["tickvals"] if AXES[x].scale == "log" else None,
+        "xaxis.ticktext": LOG["ticktext"] if AXES[x].scale == "log" else None,
         "yaxis.title.text": f"{AXES[y].title} ({_better(y)})",
         "yaxis.type": AXES[y].scale,
+        "yaxis.tickvals": LOG["tickvals"] if AXES[y].scale == "log" else None,
+        "yaxis.ticktext": LOG["ticktext"] if AXES[y].scale == "log" else None,
     }
 
 

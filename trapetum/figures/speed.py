@@ -7,6 +7,7 @@ from plotly.subplots import make_subplots
 
 from trapetum.figures.style import (
     INK,
+    LOG,
     ROOF_COLOUR,
     add_key,
     colour,
@@ -65,11 +66,10 @@ def ladder(
     if rows:
         ns, es = zip(*rows, strict=True)
         figure.add_trace(points(es, [e.value for e in es], ns, "error", INK, showlegend=False), 1, 2)
-        figure.update_xaxes(title="relative error against float64", type="log", exponentformat="power", col=2)
+        figure.update_xaxes(title="relative error against float64", tickangle=0, col=2, **LOG)
     figure.update_xaxes(visible=bool(rows), col=2)
     figure.update_xaxes(title="time, us", range=[0, 1.25 * max(r.value for r in records)], col=1)
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(dict.fromkeys(names)))
-    figure.update_layout(legend={"y": -0.3})
     return add_key(figure, [*records, *(e for _, e in rows)])
 
 
@@ -85,7 +85,7 @@ def _bars(records: Sequence[Record], names: Sequence[str], tints: Sequence[str])
     return go.Bar(
         y=list(names), x=[r.value for r in records], orientation="h", width=0.6, showlegend=False, hoverinfo="skip",
         marker={"color": fills, "line": {"color": list(tints), "width": 1.5}},
-        text=[f"  {digits(r.value)} us" for r in records], textposition="outside", cliponaxis=False,
+        text=[f"      {digits(r.value)} us" for r in records], textposition="outside", cliponaxis=False,
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def dequantize_or_fuse(
             _group_of_ideals(figure, group, number, len(groups), roof_gbps)
     shapes = list(dict.fromkeys(shape_of(r) for r in found))
     figure.update_xaxes(tickvals=list(range(len(shapes))), ticktext=shapes, title="in x out features")
-    figure.update_yaxes(title="time, us", type="log")
+    figure.update_yaxes(title="time, us", **LOG)
     _place_groups(figure, shapes)
     return add_key(figure, found)
 

@@ -1,11 +1,13 @@
 """What all figures share: a colour for each method, a marker for each kind of number, and the words under a title."""
 
+import colorsys
 import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from trapetum.build import source_sha256
 from trapetum.paths import KERNELS
@@ -52,8 +54,22 @@ PALETTE = {
     "gptq": "#7b6d00",
     "lnq": "#2a9d5c",
     "lnq-guided": "#0b6b3a",
+    "fp16-compiled": "#8a8f5c",
+    "awq": "#9a3b3b",
+    "marlin-awq": "#9a3b3b",
+    "marlin-gptq": "#7b6d00",
+    "exllama-v2": "#3d7ea6",
+    "w8a8-int8": "#5e9c76",
+    "w8a8-fp8": "#2f6f56",
+    "quip#": "#b05a2e",
+    "ganq": "#5577c2",
+    "quarot-gptq": "#8d5524",
+    "gptvq-1d": "#a88ac2",
+    "study-kmeans-calibrated": "#b86f50",
+    "study-kmeans-scaled": "#86a05a",
+    "study-kmeans-awq": "#5d8aa8",
+    "study-kmeans-incoherence": "#b59410",
 }
-_OTHERS = ("#9c755f", "#b07aa1", "#76b7b2", "#edc948", "#f28e2b", "#79706e", "#d37295", "#499894")
 _SHADES = {8: 0.5, 4: 0.0, 3: -0.3, 2: -0.55}
 
 KIND_SYMBOLS = {"measured": "circle", "published": "diamond", "derived": "triangle-up"}
@@ -65,10 +81,16 @@ FONT = "Inter, 'Segoe UI', Helvetica, Arial, sans-serif"
 def colour(method: str, bits: float | None = None) -> str:
     """The colour of a method; of ours, fewer bits are darker.
 
-    A method that is not in `PALETTE` gets one of eight further colours, always the same.
+    A method that is not in `PALETTE` gets a colour made from its name, always the same.
     """
-    base = PALETTE.get(method) or _OTHERS[zlib.crc32(method.encode()) % len(_OTHERS)]
+    base = PALETTE.get(method) or _from_name(method)
     return _shaded(base, _SHADES.get(bits, 0.0)) if method in ("codebook", "codebook-exact") else base
+
+
+def _from_name(method: str) -> str:
+    number = zlib.crc32(method.encode())
+    channels = colorsys.hls_to_rgb(number % 360 / 360, 0.36 + 0.12 * (number // 360 % 2), 0.5)
+    return "#" + "".join(f"{round(255 * c):02x}" for c in channels)
 
 
 def _shaded(colour: str, amount: float) -> str:
@@ -160,6 +182,11 @@ def device_name(record: Record) -> str:
     return " ".join(name.split())
 
 
+# A log axis that spans a few decades: whole numbers at 1, 2, 3 and 5, where plotly would write bare digits.
+_TICKS = [float(f"{m}e{e}") for e in range(-7, 8) for m in (1, 2, 3, 5)]
+LOG = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{t:g}" for t in _TICKS]}
+
+
 def provenance(records: Iterable[Record], unit: str = "") -> str:
     """The line under a title: unit, kinds, devices and days of the numbers shown."""
     records = list(records)
@@ -172,13 +199,18 @@ def provenance(records: Iterable[Record], unit: str = "") -> str:
     return " · ".join(part for part in (unit, ", ".join(shown), ", ".join(made)) if part)
 
 
+_TEMPLATE = go.layout.Template(pio.templates["plotly_white"])
+for _axis in (_TEMPLATE.layout.xaxis, _TEMPLATE.layout.yaxis):
+    _axis.title.font = {"size": 13, "color": INK}
+
+
 def new_figure(
     title: str, subtitle: str = "", height: int = 440, figure: go.Figure | None = None
 ) -> go.Figure:
     """An empty figure (or `figure`) in the house's dress: white, dark text, legend below."""
     figure = figure or go.Figure()
     figure.update_layout(
-        template="plotly_white",
+        template=_TEMPLATE,
         title={
             "text": title,
             "x": 0.01,
@@ -196,11 +228,11 @@ def new_figure(
         legend={"orientation": "h", "y": -0.18, "yanchor": "top", "x": 0, "font": {"size": 12}},
         hoverlabel={"align": "left", "bgcolor": "white", "font": {"size": 12, "color": INK}},
         barcornerradius=3,
+        barmode="overlay",
     )
-    figure.update_xaxes(
-        gridcolor="#e6e9ec", linecolor="#aab2b9", ticks="outside", automargin=True, zeroline=False
-    )
-    figure.update_yaxes(gridcolor="#e6e9ec", linecolor="#aab2b9", automargin=True, zeroline=False)
+    axes = {"gridcolor": "#e6e9ec", "linecolor": "#aab2b9", "automargin": True, "zeroline": False}
+    figure.update_xaxes(ticks="outside", **axes)
+    figure.update_yaxes(**axes)
     return figure
 
 
@@ -251,8 +283,14 @@ def spread(records: Sequence[Record], scale=lambda value: value) -> dict | None:
     }
 
 
-def add_key(figure: go.Figure, records: Iterable[Record]) -> go.Figure:
-    """Legend entries that explain the markers: one for each kind drawn, and for suspect and stale ones."""
+def place_legend(figure: go.Figure, gap_px: int = 60) -> go.Figure:
+    """Put the legend `gap_px` pixels below the axes, whatever the figure's height."""
+    margin = figure.layout.margin
+    return figure.update_layout(legend_y=-gap_px / (figure.layout.height - margin.t - margin.b))
+
+
+def add_key(figure: go.Figure, records: Iterable[Record], gap_px: int = 60) -> go.Figure:
+    """Legend entries that explain the markers, one for each kind drawn, and for suspect and stale ones; places it."""
     records = list(records)
     entries = [(kind, mark) for kind, mark in KIND_SYMBOLS.items() if any(r.kind == kind for r in records)]
     if any(r.suspect for r in records):
@@ -264,7 +302,7 @@ def add_key(figure: go.Figure, records: Iterable[Record]) -> go.Figure:
         figure.add_trace(
             go.Scatter(x=[None], y=[None], mode="markers", name=name, marker=key, hoverinfo="skip")
         )
-    return figure
+    return place_legend(figure, gap_px)
 
 
 def roof_name(text: str) -> dict:

@@ -29,7 +29,7 @@ class Point:
     """One way to decode one model on one device.
 
     Attributes:
-        label, method, bits: what it is.
+        label, system, method, bits: what it is; the label also names the quantizer where it decides the accuracy.
         device, model: where, and of what; points compare only within the same pair.
         values: by axis (`tok_s`, `memory_gb`, `loss_pct`, `j_per_token`): the number as recorded; missing if unknown.
         kinds: by axis: the kind of that number.
@@ -40,6 +40,7 @@ class Point:
     """
 
     label: str
+    system: str
     method: str
     bits: float | None
     device: str
@@ -234,7 +235,7 @@ def _point(
     device, model = canonical_device(speed), canonical_model(speed)
     shape, width = MODELS.get(model), 4 if speed.config.get("dtype") == "fp32" else 2
     return Point(
-        label, speed.method, speed.config.get("bits"), device, model, values, kinds, records,
+        label, _name(speed), speed.method, speed.config.get("bits"), device, model, values, kinds, records,
         context=_context(speed), kv_bytes=shape.kv_bytes(1, width) if shape else None,
         roof_gbps=roof_of(device, roofs), suspect=any(r.suspect for r in records.values()),
         stale=any(stale(r) for r in records.values()),
