@@ -251,7 +251,7 @@ def judge_energy(e: Evidence) -> Verdict:
     for accounting, (dense, codes) in pairs.items():
         ratios[accounting] = dense.value / codes.value
         used += [dense, codes]
-    where = device_name(used[0]) if used else "the same card, measured again by its author"
+    where = device_name(used[0]) if used else "the same card, measured again later"
     if not ratios:
         basis = "published"
         used = e.published("energy_ratio", LIST, "row 15")
