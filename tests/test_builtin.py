@@ -52,11 +52,29 @@ def test_parts_do_not_share_lines():
     assert not lines["train"] & (lines["validation"] | lines["heldout"])
 
 
-def test_rows_fill_the_batch_and_leave_out_what_is_missing():
-    mix = {"topics": 0.05, "docstrings": 0.25, "sources": 0.45, "tests": 0.25}
-    assert rows_by_kind(mix, mix, 64) == {"topics": 3, "docstrings": 16, "sources": 29, "tests": 16}
-    assert rows_by_kind(mix, ["docstrings", "sources"], 7) == {"docstrings": 3, "sources": 4}
-    assert all(sum(rows_by_kind(mix, mix, n).values()) == n for n in range(1, 40))
+def test_rows_fill_the_batch_by_tokens_and_weight():
+    tokens = {"topics": 100, "docstrings": 650, "sources": 2500, "tests": 5600}
+    mix = {"topics": 3.0, "docstrings": 2.0, "sources": 1.0, "tests": 0.5}
+    assert rows_by_kind(mix, tokens, 69) == {"topics": 3, "docstrings": 13, "sources": 25, "tests": 28}
+    assert rows_by_kind(mix, {"docstrings": 50, "sources": 100}, 7) == {"docstrings": 4, "sources": 3}
+    assert all(sum(rows_by_kind(mix, tokens, n).values()) == n for n in range(1, 40))
+
+
+def test_dropout_acts_in_training_only_and_goes_away(tokenizer):
+    model = builtin.make_model(replace(builtin.TINY, vocab=300), 32)
+    ids = torch.arange(32)[None]
+
+    def outputs():
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    plain = outputs()
+    with pretraining.dropout(model, 0.5):
+        model.eval()
+        assert torch.equal(outputs(), plain)
+        model.train()
+        assert not torch.equal(outputs(), outputs())
+    assert torch.equal(outputs(), plain)
 
 
 def test_sampler_draws_consecutive_tokens_everywhere():
@@ -84,13 +102,22 @@ def test_schedule_holds_then_falls_to_zero():
     assert rates[850] == pytest.approx(0.5) and rates[999] == pytest.approx(1 / 300)
 
 
-def test_schedule_falls_early_when_the_loss_stops_falling():
+def test_schedule_falls_early_from_the_best_when_the_loss_stops_falling():
     schedule = Schedule(Recipe(patience=3))
-    for step, loss in enumerate([3.0, 2.0, 1.9999, 2.1, 2.2]):
-        schedule.observe(loss)
-        schedule.tick(step * 100, 0.1)
-    assert schedule.fall_at == 400
-    assert schedule.fall_steps == round(400 * 0.3 / 0.7 * 0.97)
+    asked = []
+    for step, loss in zip(range(0, 1000, 200), [3.0, 2.0, 1.9999, 2.1, 2.2], strict=True):
+        schedule.observe(step, loss)
+        asked.append(schedule.tick(step, 0.1))
+    assert asked == [False] * 4 + [True]
+    assert schedule.fall_at == 800 and schedule.fall_steps == round(200 * 0.3 / 0.7 * 0.97)
+    assert schedule.rate(800) == Recipe.learning_rate and schedule.rate(800 + schedule.fall_steps) == 0
+
+
+def test_schedule_falls_in_time_from_where_it_is():
+    schedule = Schedule(Recipe())
+    schedule.observe(400, 2.0)
+    assert not schedule.tick(500, 0.69) and not schedule.tick(501, 0.7)
+    assert schedule.fall_at == 501 and schedule.held == 501
 
 
 def test_training_lowers_every_loss(trained):
@@ -181,12 +208,13 @@ def test_the_best_weights_are_kept_not_the_last(tokenizer):
     model = builtin.make_model(shape, 32)
     train, other = (torch.arange(start, start + 3000, dtype=torch.int32) % 290 for start in (0, 7))
     streams = {"train": {"a": train}, "validation": {"a": other.flip(0)}, "heldout": {"a": other}}
-    recipe, rows = (
-        Recipe(steps=60, batch=4, context=32, learning_rate=1e-2, mix={"a": 1}, final_mix={"a": 1}),
-        [],
+    alone = {"a": 1}
+    recipe = Recipe(
+        steps=60, batch=4, context=32, learning_rate=1e-2, dropout=0.0, mix=alone, final_mix=alone
     )
+    rows = []
     best = pretraining.run(model, streams, recipe, 0.0, rows.append)
-    assert best["validation_loss"] < rows[-1]["validation_loss"] - 0.5
+    assert best["validation_loss"] < rows[-1]["validation_loss"] - 0.1
     now = pretraining.evaluate(model, streams["validation"], 32)["a"]
     assert now == pytest.approx(best["validation_loss"], abs=1e-5)
 

@@ -226,6 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=Recipe.context, help="tokens a sequence")
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
+    parser.add_argument("--dropout", type=float, default=Recipe.dropout)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--records", type=Path, help="append the run's records to this JSON Lines file")

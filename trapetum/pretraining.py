@@ -1,13 +1,15 @@
 """A short training run of a small language model on little text, made to stop before it learns the text by heart.
 
-The learning rate is held until the validation loss stops falling or most of the time is gone, then goes to zero; the
-weights with the lowest validation loss are kept. While the rate falls, the mix leans to documentation. AdamW's weight
-decay is several times the usual, because every text is seen many times.
+The learning rate is held until the validation loss stops falling or most of the time is gone, then goes to zero from
+the best weights so far; the weights with the lowest validation loss are kept. While the rate falls, the mix leans to
+documentation. Every text is seen tens of times, so dropout is on and AdamW's weight decay is several times the usual:
+the first run, without dropout, knew the text by heart long before its time was up.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +27,8 @@ class Recipe:
         learning_rate, weight_decay, betas, warmup_steps, clip: AdamW's, the norm at which gradients are clipped.
         hold: share of the run at the full rate, unless the validation loss stops falling before.
         eval_every, patience: steps between evaluations; evaluations without progress that end the hold.
-        mix, final_mix: share of the sequences by kind of text, while holding and while the rate falls.
+        dropout: of the embeddings and of what each attention and MLP adds, while training.
+        mix, final_mix: how often a text is seen against the others, by its kind, while holding and while falling.
         seed: of initial weights and sampling.
     """
 
@@ -40,12 +43,13 @@ class Recipe:
     clip: float = 1.0
     hold: float = 0.7
     eval_every: int = 200
-    patience: int = 8
+    patience: int = 5
+    dropout: float = 0.2
     mix: Mapping[str, float] = field(
-        default_factory=lambda: {"topics": 0.05, "docstrings": 0.25, "sources": 0.45, "tests": 0.25}
+        default_factory=lambda: {"topics": 3.0, "docstrings": 2.0, "sources": 1.0, "tests": 0.5}
     )
     final_mix: Mapping[str, float] = field(
-        default_factory=lambda: {"topics": 0.1, "docstrings": 0.45, "sources": 0.4, "tests": 0.05}
+        default_factory=lambda: {"topics": 4.0, "docstrings": 4.0, "sources": 1.0, "tests": 0.1}
     )
     seed: int = 0
 
@@ -57,9 +61,12 @@ class Recipe:
             object.__setattr__(self, "eval_every", min(self.eval_every, tenth))
 
 
-def rows_by_kind(mix: Mapping[str, float], kinds, batch: int) -> dict[str, int]:
-    """Sequences of each kind in a batch, by largest remainder over the kinds that there are."""
-    wanted = {kind: mix.get(kind, 0.0) for kind in kinds}
+def rows_by_kind(mix: Mapping[str, float], tokens: Mapping[str, int], batch: int) -> dict[str, int]:
+    """Sequences of each kind in a batch, in proportion to its tokens times its weight in `mix`, by largest remainder.
+
+    Going by tokens keeps a kind that a distribution left out nearly empty from being seen over and over.
+    """
+    wanted = {kind: mix.get(kind, 0.0) * count for kind, count in tokens.items()}
     total = sum(wanted.values())
     exact = {kind: batch * share / total for kind, share in wanted.items()}
     rows = {kind: int(value) for kind, value in exact.items()}
@@ -67,6 +74,28 @@ def rows_by_kind(mix: Mapping[str, float], kinds, batch: int) -> dict[str, int]:
     for kind in by_remainder[: batch - sum(rows.values())]:
         rows[kind] += 1
     return rows
+
+
+@contextlib.contextmanager
+def dropout(model: torch.nn.Module, p: float) -> Iterator[None]:
+    """Drop features of a Llama's embeddings and of what each attention and MLP adds, in training mode, for a while.
+
+    Forward hooks do it, so the model stays one of transformers, whose Llama has no dropout there.
+    """
+
+    def drop(module, _inputs, output):
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], p, module.training), *output[1:])
+        return F.dropout(output, p, module.training)
+
+    layers = model.model.layers
+    places = [model.model.embed_tokens, *(part for layer in layers for part in (layer.self_attn, layer.mlp))]
+    hooks = [place.register_forward_hook(drop) for place in places] if p else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Sampler:
@@ -89,7 +118,8 @@ class Sampler:
     def draw(self, mix: Mapping[str, float], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [batch, context]."""
         parts = []
-        for kind, rows in rows_by_kind(mix, self.streams, batch).items():
+        tokens = {kind: len(stream) for kind, stream in self.streams.items()}
+        for kind, rows in rows_by_kind(mix, tokens, batch).items():
             stream = self.streams[kind]
             high = len(stream) - len(self.reach) + 1
             start = torch.randint(high, (rows, 1), generator=self.generator, device=self.device)
@@ -105,24 +135,38 @@ class Schedule:
     """
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.fall_at, self.best, self.stale = recipe, None, math.inf, 0
+        self.recipe, self.fall_at, self.best, self.best_step, self.stale = recipe, None, math.inf, 0, 0
 
-    def tick(self, step: int, progress: float) -> None:
-        """Start the fall when `progress`, the share of the run that is gone, says so."""
-        if self.fall_at is None and (progress >= self.recipe.hold or self.stale >= self.recipe.patience):
-            self.fall_at = max(1, step)
+    def tick(self, step: int, progress: float) -> bool:
+        """Start the fall when it is time for it.
 
-    def observe(self, loss: float) -> None:
+        Args:
+            step: the step that comes next.
+            progress: share of the run that is gone, 0 to 1.
+
+        Returns:
+            whether the fall starts now and should start from the best weights, since the last are worse.
+        """
+        worse = self.stale >= self.recipe.patience
+        if self.fall_at is not None or not (worse or progress >= self.recipe.hold):
+            return False
+        self.fall_at, self.held = max(1, step), max(1, self.best_step if worse else step)
+        return worse
+
+    def observe(self, step: int, loss: float) -> None:
         """Take a validation loss, nats per token, into account."""
-        improved = loss < self.best - 2e-3
-        self.best, self.stale = (loss, 0) if improved else (self.best, self.stale + 1)
+        if loss < self.best - 2e-3:
+            self.best, self.best_step, self.stale = loss, step, 0
+        else:
+            self.stale += 1
 
     @property
     def fall_steps(self) -> int:
-        """Steps from the start of the fall to the end; a run by time leaves 3 % of the fall's share as a margin."""
+        """Steps from the start of the fall to the end; a run by time leaves itself 3 % of them as a margin."""
         share = (1 - self.recipe.hold) / self.recipe.hold
-        left = self.fall_at * share * 0.97 if self.recipe.steps is None else self.recipe.steps - self.fall_at
-        return max(1, min(round(left), math.ceil(self.fall_at * share)))
+        if self.recipe.steps is None:
+            return max(1, round(self.held * share * 0.97))
+        return max(1, min(self.recipe.steps - self.fall_at, math.ceil(self.held * share)))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -214,22 +258,24 @@ def run(
     kept, best = {}, None
     loop_started, step, losses = time.monotonic(), 0, []
     model.train()
-    while True:
-        if step % recipe.eval_every == 0 or schedule.done(step):
-            row = _row(model, streams, recipe, schedule, started, step, losses)
-            log(row)
-            losses = []
-            if best is None or row["validation_loss"] < best["validation_loss"]:
-                best = row
-                _keep(model, kept)
-            if schedule.done(step):
-                break
-            schedule.observe(row["validation_loss"])
-        schedule.tick(step, _progress(recipe, step, started, loop_started))
-        falling = schedule.fall_at is not None
-        batch = sampler.draw(recipe.final_mix if falling else recipe.mix, recipe.batch)
-        losses.append(_step(model, optimizer, batch, schedule.rate(step), recipe.clip))
-        step += 1
+    torch.manual_seed(recipe.seed)
+    with dropout(model, recipe.dropout):
+        while True:
+            if step % recipe.eval_every == 0 or schedule.done(step):
+                row = _row(model, streams, recipe, schedule, started, step, losses)
+                log(row)
+                losses = []
+                if best is None or row["validation_loss"] < best["validation_loss"]:
+                    best = row
+                    _keep(model, kept)
+                if schedule.done(step):
+                    break
+                schedule.observe(step, row["validation_loss"])
+            if schedule.tick(step, _progress(recipe, step, started, loop_started)):
+                model.load_state_dict(kept)
+            batch = sampler.draw(recipe.mix if schedule.fall_at is None else recipe.final_mix, recipe.batch)
+            losses.append(_step(model, optimizer, batch, schedule.rate(step), recipe.clip))
+            step += 1
     model.load_state_dict(kept)
     return best
 

@@ -10,6 +10,7 @@ import inspect
 import re
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,9 @@ def docstrings(source: str) -> str:
         the source is for another Python version.
     """
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in sources for another Python version
+            tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
     return "\n\n".join(_documented(tree, ""))
