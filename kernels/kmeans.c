@@ -170,7 +170,9 @@ static void set_centroids(Row *row, int k, float *centroids) {
     int32_t end = row->points;
     for (int c = k - 1; c >= 0; c--) {
         const int32_t start = c ? row->cut[(int64_t)c * (row->points + 1) + end] : 0;
-        const double offset = (row->moment[end] - row->moment[start]) / (row->weight[end] - row->weight[start]);
+        double offset = (row->moment[end] - row->moment[start]) / (row->weight[end] - row->weight[start]);
+        if (offset < row->x[start]) offset = row->x[start];  // rounding must not carry a mean out of its cluster
+        if (offset > row->x[end - 1]) offset = row->x[end - 1];
         centroids[c] = (float)(row->mean + offset);
         end = start;
     }

@@ -192,9 +192,8 @@ def _cuda_kernel(device: int):
 
     major, minor = torch.cuda.get_device_capability(device)
     with cupy.cuda.Device(device):
-        return cupy.RawModule(path=str(compile_cuda(CUDA_SOURCE, f"sm_{major}{minor}").path)).get_function(
-            "trapetum_kmeans"
-        )
+        module = cupy.RawModule(path=str(compile_cuda(CUDA_SOURCE, f"sm_{major}{minor}").path))
+        return module.get_function("trapetum_kmeans")
 
 
 def _solve_cuda(rows: _Rows, edges: Tensor, k: int) -> Tensor:
@@ -244,7 +243,7 @@ def _binned(values: Tensor, k: int, weights: Tensor | None, bins: int) -> tuple[
     for part, w in _chunks(values, weights, max(1, budget)):
         rows = _Rows(part, w)
         solve = _solve_cuda if ready else _solve_torch
-        centroids = (solve(rows, _edges(rows, bins), used) + rows.mean).float()
+        centroids = (solve(rows, _edges(rows, bins), used) + rows.mean).float().cummax(1).values
         centroids = torch.nn.functional.pad(centroids, (0, k - used), mode="replicate")
         codes = nearest(part, centroids)
         found.append((centroids, codes, _squared_error(part, w, centroids, codes)))
@@ -291,7 +290,9 @@ def lloyd_1d(values: Tensor, start: Tensor, steps: int) -> Tensor:
         *(t.split(max(1, _CHUNK_VALUES // values.shape[1])) for t in (values, start)), strict=True
     ):
         rows = _Rows(part, None)
-        found.append((_lloyd(rows, centroids.double() - rows.mean, steps) + rows.mean).float())
+        found.append(
+            (_lloyd(rows, centroids.double() - rows.mean, steps) + rows.mean).float().cummax(1).values
+        )
     return torch.cat(found)
 
 
