@@ -3,7 +3,7 @@
 A run is a folder `papermill_runs/<utc>-<device>/`:
 
     run.json        what was asked (profile, device, model, chapters) and how each chapter ended
-    notebooks/      the executed notebooks; one in progress has the suffix .part
+    notebooks/      the executed notebooks; one in progress ends in .part.ipynb
     records/        the records of each chapter; records.jsonl beside it holds them all once the run has ended
     report.html     the page
 
@@ -61,7 +61,7 @@ def choose_chapters(only: str | None) -> tuple[str, ...]:
     unknown = [number for number in wanted if number not in available]
     if unknown or not wanted:
         raise ReportError(
-            f"there is no chapter {', '.join(unknown) or only!r}; the chapters are {', '.join(available)}."
+            f"there is no chapter {', '.join(unknown) or repr(only)}; the chapters are {', '.join(available)}."
         )
     return wanted
 
@@ -136,7 +136,7 @@ def execute(number: str, folder: Path, request: Request) -> str:
 
     source = chapters_available()[number]
     done = folder / "notebooks" / source.name
-    part = done.with_suffix(".part")
+    part = done.with_name(f"{done.stem}.part.ipynb")
     own_records = folder / "records" / f"{number}.jsonl"
     own_records.unlink(missing_ok=True)  # of an earlier, interrupted try
     done.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def execute(number: str, folder: Path, request: Request) -> str:
                 "profile": request.profile,
                 "device": request.device,
                 "model": request.model,
-                "records": str(own_records),
+                "records": str(own_records.parent),
             },
             kernel_name="python3",
             progress_bar=False,
@@ -197,8 +197,13 @@ def _card(folder: Path) -> dict | None:
 
     here = records.load(folder / "records.jsonl").records
     recorded = records.load(RECORDS).records if RECORDS.is_dir() else []
-    figure = figures.machines_card(here, recorded)
+    figure = figures.your_machine(here, recorded)
     return figure.to_plotly_json() if figure else None
+
+
+def _executed(folder: Path) -> list[Path]:
+    found = sorted((folder / "notebooks").glob("*.ipynb"))
+    return [p for p in found if not p.name.endswith(".part.ipynb")]
 
 
 def bind(folder: Path) -> Path:
@@ -206,7 +211,7 @@ def bind(folder: Path) -> Path:
     from trapetum.html import page, read_chapter
 
     state = read_state(folder)
-    chapters = [read_chapter(p) for p in sorted((folder / "notebooks").glob("*.ipynb"))]
+    chapters = [read_chapter(p) for p in _executed(folder)]
     title = f"Trapetum on {state['machine']['name']}"
     target = folder / "report.html"
     write_atomically(target, page(title, _summary_html(state), chapters, _card(folder)).encode())

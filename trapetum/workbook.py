@@ -48,7 +48,8 @@ class Workbook:
         profile: `"smoke"`, `"quick"` or `"full"`: how much is measured.
         device: `"auto"`, `"cpu"` or `"cuda"`.
         model: the model the chapter works on: `"builtin"`, a hub id, a directory, or `"random:<shape>"`.
-        records: path of the run's JSON Lines file; `""` keeps this run's records in memory.
+        records: a folder, where each chapter of a run has a file of its own and reads the others', or one JSON
+            Lines file; `""` keeps this run's records in memory.
         data: folder with `records/` and `published/`.
 
     Attributes:
@@ -74,7 +75,9 @@ class Workbook:
         if profile not in PROFILES:
             raise ValueError(f"profile is {profile!r}; choose one of {', '.join(PROFILES)}.")
         self.chapter, self.profile, self.model = chapter, profile, model
-        self.path = Path(records) if records else None
+        self._run = Path(records) if records else None
+        is_file = self._run is None or self._run.suffix == ".jsonl"
+        self.path = self._run if is_file else self._run / f"{chapter}.jsonl"
         self.device = machine.choose_device(device)
         self.live = is_live(records)
         self._predictions: list[tuple[str, float, str]] = []
@@ -91,7 +94,7 @@ class Workbook:
 
         self.problems: list[rec.Problem] = []
         self.recorded, self.published = known(data / "records"), known(data / "published")
-        self.here = known(self.path)
+        self.here = known(self._run)
 
     def _greet(self) -> None:
         name = self.machine["name"]
@@ -191,11 +194,13 @@ class Workbook:
         print(f"Predicted: {label}: {significant(value)} {unit}")
         return value
 
-    def compare(self, measured: Mapping[str, float | Record | None]) -> list[dict]:
+    def compare(self, measured: Mapping[str, float | Record | None], heading: str = "measured") -> list[dict]:
         """Display predicted, measured and their ratio for the predictions since the last comparison.
 
         Args:
             measured: by the prediction's label: a record, a number in the predicted unit, or None (not measured).
+
+            heading: of the second column, where the numbers are not this run's measurements.
 
         Returns:
             a row a prediction: label, unit, predicted, measured or None, ratio (measured / predicted) or None.
@@ -212,7 +217,7 @@ class Workbook:
             )
         rows = [_compared(*prediction, measured.get(prediction[0])) for prediction in self._predictions]
         self._predictions = []
-        _markdown(_comparison_table(rows))
+        _markdown(_comparison_table(rows, heading))
         return rows
 
     def takeaway(self, text: str) -> None:
@@ -223,7 +228,7 @@ class Workbook:
         """Display the chapter's answer; its cell has the tag `answer`, so that the report can collect it."""
         _markdown(f"**Answer.** {text}")
 
-    def check(self, condition: bool, message: str) -> bool:
+    def check(self, condition: bool, message: str) -> None:
         """Self-check: print a tick or a cross before `message`.
 
         Raises:
@@ -232,7 +237,6 @@ class Workbook:
         if not condition and not self.live:
             raise AssertionError(message)
         print(f"{'✓' if condition else '✗'} {message}")
-        return bool(condition)
 
     def cite(self, record: Record, digits: int = 3) -> str:
         """A record's value with its unit, e.g. `"4.31 us"`."""
@@ -256,11 +260,11 @@ def _compared(label: str, predicted: float, unit: str, measured: float | Record 
     return {"label": label, "unit": unit, "predicted": predicted, "measured": measured, "ratio": ratio}
 
 
-def _comparison_table(rows: Sequence[dict]) -> str:
-    lines = ["| | predicted | measured | measured / predicted |", "|:--|--:|--:|--:|"]
+def _comparison_table(rows: Sequence[dict], heading: str) -> str:
+    lines = [f"| | predicted | {heading} | {heading} / predicted |", "|:--|--:|--:|--:|"]
     for row in rows:
         predicted, measured, ratio = (row[key] for key in ("predicted", "measured", "ratio"))
-        found = "not measured" if measured is None else f"{significant(measured)} {row['unit']}"
+        found = "not known" if measured is None else f"{significant(measured)} {row['unit']}"
         quotient = "" if ratio is None else f"{ratio:.2f}"
         lines.append(f"| {row['label']} | {significant(predicted)} {row['unit']} | {found} | {quotient} |")
     return "\n".join(lines)
