@@ -38,7 +38,7 @@ bench: $(BASE)
 
 test: $(DEV)
 	$(RUN) -m ruff check .
-	$(RUN) -m nbstripout --verify notebooks/*.ipynb
+	$(RUN) -m nbstripout --keep-id --verify notebooks/*.ipynb
 	$(RUN) -m pytest $(ARGS)
 	$(RUN) -m trapetum verify
 

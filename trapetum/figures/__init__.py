@@ -8,8 +8,9 @@ from trapetum.figures.decode import decode_stages, waterfall
 from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energy_bars
 from trapetum.figures.law import law_fit, predicted_vs_measured
 from trapetum.figures.pareto import pareto
+from trapetum.figures.pareto_state import on_front
 from trapetum.figures.speed import dequantize_or_fuse, ladder
-from trapetum.figures.tradeoffs import Point, groups, tradeoffs
+from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
 __all__ = [
     "GRIDS",
@@ -22,11 +23,14 @@ __all__ = [
     "decode_stages",
     "dequantize_or_fuse",
     "energy_bars",
+    "fastest",
     "groups",
     "ladder",
     "law_fit",
     "losers_map",
+    "on_front",
     "pairs",
+    "pick",
     "pareto",
     "perplexity_by_bits",
     "predicted_vs_measured",

@@ -141,5 +141,5 @@ def weight_error(records: Sequence[Record], title: str = "Weight error against b
         )
         figure.add_trace(trace.update(mode="lines+markers"))
     figure.update_xaxes(title="bits a weight", dtick=1)
-    figure.update_yaxes(title="relative squared error", **LOG)
+    figure.update_yaxes(title="relative squared error", type="log", dtick=1, exponentformat="power")
     return add_key(figure, found)

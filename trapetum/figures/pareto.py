@@ -49,7 +49,7 @@ def pareto(points: Sequence[Point], title: str = "") -> go.Figure:
             "points of several devices or models do not compare; take one of trapetum.figures.groups."
         )
     limits = limits_gb(points)
-    figure = new_figure(title, _what(points), height=760)
+    figure = new_figure(title, what(points), height=760)
     plan = [(view, limit) for view in views for limit in limits]
     for (x, y), limit in plan:
         shown = state(points, x, y, None, limit)
@@ -60,20 +60,21 @@ def pareto(points: Sequence[Point], title: str = "") -> go.Figure:
         figure.add_trace(front_trace(shown.front_of_all, "dot").update(visible=on, **hidden))
     for view in views:
         figure.add_trace(roof_trace(points, *view, None).update(visible=view == views[0]))
-    _add_legend(figure, points)
+    add_legend(figure, points)
     _add_controls(figure, points, views, limits, plan)
     figure.update_layout(axes_layout(*views[0]))
     return figure
 
 
-def _what(points: Sequence[Point]) -> str:
+def what(points: Sequence[Point]) -> str:
+    """The line under the title: model, device, and how many decodes are measured and published."""
     speeds = {p.records["tok_s"].id: p.kinds["tok_s"] for p in points}
     counts = {kind: list(speeds.values()).count(kind) for kind in ("measured", "published")}
     made = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
     return f"{points[0].model} on {points[0].device}, batch 1 · decodes: {made} · hover for the records"
 
 
-def _add_legend(figure: go.Figure, points: Sequence[Point]) -> None:
+def add_legend(figure: go.Figure, points: Sequence[Point]) -> None:
     """One entry a method (its colour) and one a kind (its shape), in every view."""
     for (method, bits), tint in {(p.method, _ours(p)): colour(p.method, p.bits) for p in points}.items():
         _legend_entry(

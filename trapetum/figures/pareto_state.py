@@ -32,6 +32,7 @@ VIEWS = (("memory_gb", "tok_s"), ("loss_pct", "tok_s"), ("memory_gb", "loss_pct"
 CONTEXTS = (None, 512, 2048, 8192, 32768)
 UNFIT = "#d3d8dc"
 FRONT = "#1d2329"
+_FINE = [float(f"{m}e{e}") for e in range(-4, 4) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 _CARDS_GB = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 80, 141, 192)
 
 
@@ -76,16 +77,37 @@ def state(points: Sequence[Point], x: str, y: str, context: float | None, limit_
     )
 
 
+def on_front(
+    points: Sequence[Point], x: str, y: str, context: float | None = None, limit_gb: float | None = None
+) -> list[Point]:
+    """The unsuspect points within the memory limit that nothing beats in both axes, by growing x.
+
+    Args:
+        points: of one device and model.
+        x, y: axes, keys of `AXES`.
+        context: cached tokens, or None for the values as recorded.
+        limit_gb: memory limit, or None.
+    """
+    values = [p.at(context) for p in points]
+    fits = [limit_gb is None or v.get("memory_gb", 0.0) <= limit_gb for v in values]
+    allowed = [i for i, p in enumerate(points) if fits[i] and not p.suspect]
+    return [points[i] for i in _best(values, allowed, x, y)]
+
+
+def _best(values: Sequence[dict], chosen: Sequence[int], x: str, y: str) -> list[int]:
+    minimize = [axis for axis in (x, y) if not AXES[axis].more_is_better]
+    maximize = [axis for axis in (x, y) if AXES[axis].more_is_better]
+    best = [chosen[i] for i in front([values[i] for i in chosen], minimize, maximize)]
+    return sorted(best, key=lambda i: (values[i][x], values[i][y]))
+
+
 def _staircase(
     points: Sequence[Point], values: Sequence[dict], chosen: Sequence[int], x: str, y: str
 ) -> Staircase:
     """The front of the chosen points as a line, prolonged to the worst y on its left and the worst x on its right."""
-    minimize = [axis for axis in (x, y) if not AXES[axis].more_is_better]
-    maximize = [axis for axis in (x, y) if AXES[axis].more_is_better]
-    best = [chosen[i] for i in front([values[i] for i in chosen], minimize, maximize)]
+    best = _best(values, chosen, x, y)
     if not best:
         return Staircase([], [], [])
-    best.sort(key=lambda i: (values[i][x], values[i][y]))
     shown = [v for v in values if x in v and y in v]
     worst_y = (min if AXES[y].more_is_better else max)(v[y] for v in shown)
     names = list(dict.fromkeys((values[i][x], values[i][y]) for i in best))
@@ -98,8 +120,9 @@ def _staircase(
 
 
 def _label(points, best, values, place, x: str, y: str) -> str:
-    """The name of the first point at a place; without its quantizer where accuracy is not shown."""
-    first = next(points[i] for i in best if (values[i][x], values[i][y]) == place)
+    """The name of the fastest point at a place; without its quantizer where accuracy is not shown."""
+    here = [points[i] for i in best if (values[i][x], values[i][y]) == place]
+    first = max(here, key=lambda p: p.values["tok_s"])
     return first.label if "loss_pct" in (x, y) else first.system
 
 
@@ -157,8 +180,9 @@ def roof_trace(points: Sequence[Point], x: str, y: str, context: float | None) -
 
 def roof_line(points: Sequence[Point], x: str, y: str, context: float | None) -> tuple[list, list]:
     """The ends (or points) of the ideal line; empty where the plot has no speed or no roof is known."""
-    roof = points[0].roof_gbps
-    shape = MODELS.get(points[0].model)
+    if not points:
+        return [], []
+    roof, shape = points[0].roof_gbps, MODELS.get(points[0].model)
     seen = [v[x] for p in points if x in (v := p.at(context)) and y in v]
     if y != "tok_s" or not roof or not seen or not (x == "memory_gb" or shape):
         return [], []
@@ -178,7 +202,9 @@ def limits_gb(points: Sequence[Point]) -> list[float | None]:
         return [None]
     small = [m * 10.0**e for e in range(-4, 0) for m in (1, 2, 4, 8)]
     between = [gb for gb in (*small, *_CARDS_GB) if min(memory) <= gb <= 1.2 * max(memory)]
-    return [None, *between[-7:]]
+    while len(between) > 5:
+        between = between[::2]
+    return [None, *between]
 
 
 def axes_layout(x: str, y: str) -> dict:
@@ -186,8 +212,8 @@ def axes_layout(x: str, y: str) -> dict:
     return {
         "xaxis.title.text": f"{AXES[x].title} ({_better(x)})",
         "xaxis.type": AXES[x].scale,
-        "xaxis.tickvals": LOG["tickvals"] if AXES[x].scale == "log" else None,
-        "xaxis.ticktext": LOG["ticktext"] if AXES[x].scale == "log" else None,
+        "xaxis.tickvals": _FINE if AXES[x].scale == "log" else None,
+        "xaxis.ticktext": [f"{t:g}" for t in _FINE] if AXES[x].scale == "log" else None,
         "yaxis.title.text": f"{AXES[y].title} ({_better(y)})",
         "yaxis.type": AXES[y].scale,
         "yaxis.tickvals": LOG["tickvals"] if AXES[y].scale == "log" else None,

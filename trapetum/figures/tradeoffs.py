@@ -91,6 +91,33 @@ def canonical_device(record: Record) -> str:
     return gpu.name if gpu else device_name(record)
 
 
+def pick(found: dict[tuple[str, str], list], *records: Iterable[Record]) -> list:
+    """The group to show first, of those with a dense and a quantized way: of the first `records` that has one.
+
+    Args:
+        found: what `groups` returned.
+        *records: e.g. this run's decodes, then the recorded GPU's; if none of them fits, the largest group is taken.
+
+    Returns:
+        points; an empty list if no group has both.
+    """
+    whole = {
+        place: points for place, points in found.items() if fastest(points, True) and fastest(points, False)
+    }
+    for wanted in records:
+        places = {(canonical_device(r), canonical_model(r)) for r in wanted}
+        for place, points in whole.items():
+            if place in places:
+                return points
+    return next(iter(whole.values()), [])
+
+
+def fastest(points: Iterable["Point"], dense: bool) -> "Point | None":
+    """The fastest dense (16 bits or more), or quantized, point that is not suspect; measured ones before published."""
+    fitting = [p for p in points if ((p.bits or 0) >= 16) == dense and not p.suspect]
+    return max(fitting, key=lambda p: (p.kinds["tok_s"] == "measured", p.values["tok_s"]), default=None)
+
+
 def canonical_model(record: Record) -> str:
     """The model's name; random weights of a shape count as that shape."""
     return str(record.config.get("model", "")).removeprefix("random:")
