@@ -128,7 +128,7 @@ def _shape_cpu(recorder: Recorder, shape, plan, l2) -> None:
     products = {p.label or p.method: p for p in _built(plan, shape, "cpu")}
     for product in products.values():
         _add_error(recorder, product, shape)
-    calls = _rotations(products, l2, recorder.cache_bytes)
+    calls = _rotations(products, l2, recorder.rotation_cache_bytes)
     budget_s = recorder.sizes.budget_s
     threads = timing.fastest_threads({name: c for name, c in calls.items()}, 1, budget_s / 2)
     cases = {}
@@ -155,9 +155,9 @@ def _shape_cpu(recorder: Recorder, shape, plan, l2) -> None:
         recorder.add("gemv_time", us, product.method, config, doubt, kernel_sha256=product.kernel_sha256)
 
 
-def _rotations(products: dict[str, Product], l2, cache_bytes: int) -> dict[str, list]:
+def _rotations(products: dict[str, Product], l2, cache: int | None) -> dict[str, list]:
     """Calls over distinct copies; all methods together stay within a quarter of the free memory."""
-    cache, free = cache_bytes or None, timing.free_bytes("cpu")
+    free = timing.free_bytes("cpu")
 
     def copies(product: Product) -> int:
         if "cold" not in l2:

@@ -21,6 +21,8 @@ class Sizes:
         energy_s: length of one energy window; below 5 s the counter's step is no longer small beside it.
         idle_s: length of the idle window.
         text_tokens, window, stride: perplexity.
+        rotation: share of the usual rotation over distinct weights; half is still more than a CPU's cache, since the
+            methods take turns.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -38,10 +40,13 @@ class Sizes:
     text_tokens: int
     window: int = 512
     stride: int = 256
+    rotation: float = 1.0
 
 
 _LLAMA_LIKE = ((4096, 4096), (11008, 4096), (4096, 11008))
-_SMOKE = dict(new_tokens=4, prompt_tokens=4, runs=1, token_budget_s=2.0, energy_s=0.3, idle_s=0.2)
+_SMOKE = dict(
+    new_tokens=4, prompt_tokens=4, runs=1, token_budget_s=2.0, energy_s=0.3, idle_s=0.2, rotation=0.5
+)
 _QUICK = dict(prompt_tokens=4, runs=1, energy_s=1.5, idle_s=1.0, text_tokens=8192)
 _FULL = dict(new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, text_tokens=65536)
 

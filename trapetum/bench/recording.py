@@ -35,6 +35,11 @@ class Recorder:
         return int(self.machine.get("l2_bytes") or 0)
 
     @property
+    def rotation_cache_bytes(self) -> int | None:
+        """The cache size to plan a CPU's rotation with (None: unknown)."""
+        return int(self.cache_bytes * self.sizes.rotation) or None
+
+    @property
     def ceilings(self) -> Ceilings:
         """The datasheet's bandwidth and the measured cold read, each None where unknown."""
         return Ceilings(_peak_gbps(self.machine["name"]), self.cold_read_gbps)

@@ -51,7 +51,7 @@ def _dequant_one(recorder: Recorder, shape: tuple[int, int], bits: int) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     product = build("codebook", *shape, bits, device)
     dense_bytes = shape[0] * shape[1] * torch.empty(0, dtype=dtype).element_size()
-    cache = recorder.cache_bytes or None
+    cache = recorder.rotation_cache_bytes if device == "cpu" else recorder.cache_bytes or None
     few = timing.copies_for(product.weight_bytes + dense_bytes, device, cache)  # each with its dense tensor
     copies = timing.copies_for(product.weight_bytes, device, cache)
     sets = [product.tensors, *(tuple(t.clone() for t in product.tensors) for _ in range(copies - 1))]
