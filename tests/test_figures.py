@@ -9,6 +9,7 @@ import pytest
 from trapetum import figures, law, records
 from trapetum.figures import pareto_state, style
 from trapetum.paths import PUBLISHED
+from trapetum.widgets import ParetoExplorer, explore
 
 H100 = {
     "name": "NVIDIA H100 80GB HBM3",
@@ -397,3 +398,25 @@ def test_published_records_alone_give_figures(published, seed):
     group = list(figures.groups(figures.tradeoffs(published)).values())[seed]
     figure = figures.pareto(group)
     assert any(x is not None for x in figure.data[0].x)
+
+
+def test_live_explorer_shows_something_at_once_and_follows_its_controls(published):
+    explorer = ParetoExplorer(figures.tradeoffs([*published, *decode_records()]))
+    first = list(explorer.figure.data[0].y)
+    assert any(y is not None for y in first), "drawn before anything is touched"
+    explorer.context.value = 8192
+    assert list(explorer.figure.data[0].y) != first
+    explorer.x.value = explorer.y.value = "loss_pct"
+    assert explorer.figure.layout.xaxis.title.text.startswith("perplexity")
+    assert explorer.figure.layout.yaxis.title.text.startswith("decode speed")
+    explorer.published.value = False
+    assert "published" not in explorer.figure.layout.title.subtitle.text
+    assert {t.name for t in explorer.figure.data if t.showlegend} >= {"fp16", "codebook 4-bit"}
+
+
+def test_live_explorer_is_for_people_only(capsys):
+    headless = type("Book", (), {"live": False})()
+    assert explore(headless, figures.tradeoffs(decode_records())) is None
+    assert "running notebook" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no record has a decode speed"):
+        ParetoExplorer([])

@@ -4,16 +4,16 @@ Never build these under papermill: each FigureWidget stores five megabytes of Ja
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import plotly.graph_objects as go
 
-from trapetum.figures.pareto import add_legend, what
+from trapetum.figures.pareto import add_key_of_shapes, legend_entry, methods, what
 from trapetum.figures.pareto_state import (
     AXES,
     axes_layout,
     front_trace,
     points_trace,
-    roof_line,
     roof_trace,
     state,
 )
@@ -63,27 +63,48 @@ class ParetoExplorer:
             max=2.4,
             step=0.02,
             readout_format=".3g",
-            description="memory limit, GB",
+            description="limit, GB",
             **wide,
         )
         self.published = ipywidgets.Checkbox(value=True, description="published ones too", **wide)
         self._controls = (self.place, self.x, self.y, self.context, self.limit, self.published)
-        self.figure = go.FigureWidget(self._empty())
+        # Drawn before it is wrapped: what is changed between wrapping and displaying never reaches the page.
+        self.figure = go.FigureWidget(self._drawn())
         for control in self._controls:
             control.observe(lambda _: self.redraw(), "value")
         rows = [ipywidgets.HBox(pair) for pair in zip(self._controls[::2], self._controls[1::2], strict=True)]
         self.box = ipywidgets.VBox([*rows, self.figure])
-        self.redraw()
 
-    def _empty(self) -> go.Figure:
-        figure = new_figure("Pareto, live", height=600)
-        nothing = state([], "memory_gb", "tok_s", None, None)
-        figure.add_trace(points_trace([], nothing))
-        figure.add_trace(front_trace(nothing.front))
-        figure.add_trace(front_trace(nothing.front_of_all, "dot"))
-        figure.add_trace(roof_trace([], "memory_gb", "tok_s", None))
-        add_legend(figure, [p for group in self._groups.values() for p in group])
+    def _drawn(self) -> go.Figure:
+        """The figure as the controls stand, with as many legend entries as the largest group has methods."""
+        figure = new_figure("Pareto, live", height=640)
+        figure.add_traces(self._traces())
+        for _ in range(max(len(methods(group)) for group in self._groups.values())):
+            legend_entry(figure, "", {"symbol": "square"})
+        add_key_of_shapes(figure, [p for group in self._groups.values() for p in group])
+        self._dress(figure)
         return figure
+
+    def _axes(self) -> tuple[str, str]:
+        """The chosen pair; an axis against itself shows nothing, so the second is then the first that differs."""
+        x, y = self.x.value, self.y.value
+        return x, y if y != x else next(axis for axis in AXES if axis != x)
+
+    def _traces(self) -> list[go.Scatter]:
+        points, (x, y), context = self.points(), self._axes(), self.context.value or None
+        shown = state(points, x, y, context, self.limit.value)
+        fronts = [front_trace(shown.front), front_trace(shown.front_of_all, "dot")]
+        return [points_trace(points, shown), *fronts, roof_trace(points, x, y, context)]
+
+    def _dress(self, figure: go.Figure) -> None:
+        """Axes, the line under the title, and the methods of the legend."""
+        points = self.points()
+        figure.update_layout(axes_layout(*self._axes()))
+        figure.layout.title.subtitle.text = what(points) if points else "nothing measured here"
+        pool = figure.data[4 : 4 + max(len(methods(group)) for group in self._groups.values())]
+        for number, (trace, entry) in enumerate(zip_longest(pool, methods(points).items())):
+            name, tint = entry or ("", "#ffffff")
+            trace.update(name=name, marker_color=tint, showlegend=number < len(methods(points)))
 
     def points(self) -> list[Point]:
         """The points of the chosen device and model, without the published ones if they are not wanted."""
@@ -92,19 +113,10 @@ class ParetoExplorer:
 
     def redraw(self) -> None:
         """Move everything to where the controls say."""
-        points, x, y = self.points(), self.x.value, self.y.value
-        if x == y:  # an axis against itself shows nothing: take the first that differs
-            y = next(axis for axis in AXES if axis != x)
-        shown = state(points, x, y, self.context.value or None, self.limit.value)
-        new = [points_trace(points, shown), front_trace(shown.front), front_trace(shown.front_of_all, "dot")]
         with self.figure.batch_update():
-            for old, trace in zip(self.figure.data, new, strict=False):
-                old.update(x=trace.x, y=trace.y, text=trace.text, customdata=trace.customdata)
-            self.figure.data[0].marker = new[0].marker
-            roof = self.figure.data[3]
-            roof.x, roof.y = roof_line(points, x, y, self.context.value or None)
-            self.figure.update_layout(axes_layout(x, y))
-            self.figure.layout.title.subtitle.text = what(points) if points else "nothing measured here"
+            for old, new in zip(self.figure.data[:4], self._traces(), strict=True):
+                old.update(x=new.x, y=new.y, text=new.text, customdata=new.customdata, marker=new.marker)
+            self._dress(self.figure)
 
 
 def explore(book, points: Sequence[Point]) -> ParetoExplorer | None:

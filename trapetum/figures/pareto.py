@@ -76,18 +76,27 @@ def what(points: Sequence[Point]) -> str:
 
 def add_legend(figure: go.Figure, points: Sequence[Point]) -> None:
     """One entry a method (its colour) and one a kind (its shape), in every view."""
-    for (method, bits), tint in {(p.method, _ours(p)): colour(p.method, p.bits) for p in points}.items():
-        _legend_entry(
-            figure, f"{method} {bits:g}-bit" if bits else method, {"color": tint, "symbol": "square"}
-        )
+    for name, tint in methods(points).items():
+        legend_entry(figure, name, {"color": tint, "symbol": "square"})
+    add_key_of_shapes(figure, points)
+
+
+def methods(points: Sequence[Point]) -> dict[str, str]:
+    """Colour by method as the legend names it; ours with its bits, because they differ in shade."""
+    named = {(p.method, _ours(p)): colour(p.method, p.bits) for p in points}
+    return {f"{method} {bits:g}-bit" if bits else method: tint for (method, bits), tint in named.items()}
+
+
+def add_key_of_shapes(figure: go.Figure, points: Sequence[Point]) -> None:
+    """Legend entries for the kinds among the points, the limit, the fronts and the roof."""
     kinds = {kind for p in points for kind in p.kinds.values()} | {"derived"}
     for kind in (k for k in KIND_SYMBOLS if k in kinds):
-        _legend_entry(figure, kind, {"color": FAINT, "symbol": KIND_SYMBOLS[kind]})
+        legend_entry(figure, kind, {"color": FAINT, "symbol": KIND_SYMBOLS[kind]})
     if any(p.suspect for p in points):
-        _legend_entry(figure, "suspect", {"color": FAINT, "symbol": "circle-open"})
+        legend_entry(figure, "suspect", {"color": FAINT, "symbol": "circle-open"})
     if any(p.stale for p in points):
-        _legend_entry(figure, "stale", {"color": FAINT, "symbol": "circle-open-dot"})
-    _legend_entry(figure, "above the limit", {"color": UNFIT, "symbol": "circle"})
+        legend_entry(figure, "stale", {"color": FAINT, "symbol": "circle-open-dot"})
+    legend_entry(figure, "above the limit", {"color": UNFIT, "symbol": "circle"})
     lines = {
         "front": (FRONT, "solid"),
         "front with published": (FRONT, "dot"),
@@ -112,7 +121,8 @@ def _ours(point: Point) -> float | None:
     return point.bits if point.method == "codebook" else None
 
 
-def _legend_entry(figure: go.Figure, name: str, marker: dict) -> None:
+def legend_entry(figure: go.Figure, name: str, marker: dict) -> None:
+    """A legend entry that is drawn nowhere."""
     entry = {"size": 10, "line": {"width": 1.5 if "open" in marker["symbol"] else 0}, **marker}
     figure.add_trace(
         go.Scatter(x=[None], y=[None], mode="markers", marker=entry, name=name, hoverinfo="skip")
