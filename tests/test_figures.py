@@ -6,9 +6,10 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from trapetum import figures, law, records
+from trapetum import figures, hardware, law, records
 from trapetum.figures import pareto_state, style
 from trapetum.paths import PUBLISHED
+from trapetum.shapes import MODELS
 from trapetum.widgets import ParetoExplorer, explore
 
 H100 = {
@@ -420,3 +421,35 @@ def test_live_explorer_is_for_people_only(capsys):
     assert "running notebook" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no record has a decode speed"):
         ParetoExplorer([])
+
+
+def test_token_bytes_stack_to_the_bytes_of_a_token():
+    shapes = [MODELS["llama-2-7b"], MODELS["builtin"]]
+    figure = figures.token_bytes(shapes, ("fp16", "codebook-4"), context=256)
+    bars = [t for t in figure.data if t.type == "bar" and t.xaxis == "x"]
+    total = sum(t.x[1] for t in bars)
+    assert total == pytest.approx(shapes[0].bytes_per_token("codebook-4", 256) / 1e9)
+    assert "GB a token" in words(figure) and "MB a token" in words(figure)
+
+
+def test_the_law_moves_to_another_card_by_its_bandwidth():
+    h100, rtx, shape = hardware.find("H100 SXM"), hardware.find("RTX 4090"), MODELS["llama-2-7b"]
+    fit = law.Fit(1.0, 3000.0, (0.9, 1.1), (2900, 3100), 7, 0.1)
+    there = figures.speed_on(rtx, shape, "codebook-4", fit, h100)
+    bound = rtx.bandwidth_gbps * 1e9 / shape.bytes_per_token("codebook-4", 256)
+    assert there.kind == "derived" and 0.7 * bound < there.value < bound
+    assert "RTX 4090" in there.device["name"] and str(there.config["bytes"]) in there.source
+    figure = figures.cards([there], [make("decode_speed", 200, "fp16", {"model": "llama-2-7b"})])
+    assert {"triangle-up", "circle"} <= symbols(figure)
+
+
+def test_the_best_dense_method_is_the_preferred_one_unless_clearly_beaten():
+    made = gemv_records()
+    slower = [gemv("linear-bf16", shape, 500.0) for shape in SHAPES]
+    assert figures.best_dense(made + slower) == "linear-fp16"
+    assert figures.best_dense(made + slower, prefer="linear-bf16") == "linear-fp16"
+    near = [gemv("linear-bf16", tuple((r.config["in_features"], r.config["out_features"])), 0.95 * r.value)
+            for r in made if r.method == "linear-fp16" and r.config["l2"] == "cold"]  # fmt: skip
+    assert figures.best_dense(made + near) == "linear-fp16"
+    with pytest.raises(ValueError, match="no dense product"):
+        figures.best_dense([])

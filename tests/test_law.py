@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trapetum import law
+from trapetum import hardware, law
 
 SIZES = [2e6, 8e6, 2.2e7, 4.5e7, 9e7, 1.17e8]
 
@@ -153,3 +153,15 @@ def test_leave_one_out_predicts_points_on_the_line_and_shows_the_one_off_it():
 def test_what_cannot_be_computed_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_time_shares_add_up_and_a_negative_fixed_time_is_none():
+    fixed, memory, rest = law.time_shares(8e6, 10.0, 2.0, 2000)
+    assert (fixed, memory, rest) == pytest.approx((0.2, 0.4, 0.4))
+    assert law.time_shares(8e6, 10.0, -2.0, 2000)[0] == 0
+
+
+def test_an_h100_needs_many_weights_a_clock():
+    h100, rtx = (hardware.find(name) for name in ("H100 SXM", "RTX 4090"))
+    needed = [law.weights_per_clock(4, g.bandwidth_gbps, g.sms, g.boost_ghz) for g in (h100, rtx)]
+    assert needed == pytest.approx([25.6, 6.25], rel=0.01)

@@ -437,3 +437,12 @@ def test_layer_one_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_latest_drops_repeats_but_not_other_subjects():
+    old = make([5.0], utc="2026-11-20T10:00:00Z")
+    new = make([6.0], config={**CONFIG, "threads": 2}, utc="2026-11-21T10:00:00Z")
+    warm = make([3.0], config={**CONFIG, "l2": "warm"}, utc="2026-11-19T10:00:00Z")
+    exact = make([9.0], config={**CONFIG, "path": "exact"}, utc="2026-11-19T10:00:00Z")
+    assert records.latest([new, warm, old, exact]) == [new, warm, exact]
+    assert records.latest([old, new]) == [new]

@@ -122,3 +122,13 @@ def test_every_shape_has_a_source_and_quick_is_a_part():
     assert set(shapes.QUICK_SHAPES) <= set(shapes.GEMV_SHAPES)
     assert len(set(shapes.GEMV_SHAPES)) == 13
     assert shapes.model("builtin") is MODELS["builtin"]
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "codebook-4"])
+def test_parts_of_a_token_add_up(fmt):
+    shape = MODELS["llama-2-7b"]
+    parts = shape.parts_per_token(fmt, context=300)
+    assert sum(parts.values()) == shape.bytes_per_token(fmt, 300)
+    assert parts["KV cache"] == shape.kv_bytes(300)
+    fp16 = shape.parts_per_token("fp16")
+    assert fp16["attention weights"] + fp16["MLP weights"] == 2 * shape.linear_weights

@@ -179,3 +179,34 @@ def test_figures_are_shown_as_data_that_the_report_can_draw(book, monkeypatch):
     book.show(go.Figure(go.Scatter(x=[1], y=[2])))
     (bundle,) = bundles
     assert list(bundle) == ["application/vnd.plotly.v1+json"]
+
+
+def test_a_chapter_measures_only_what_no_chapter_has(book, capsys):
+    here = {**book.machine}
+    made = []
+
+    def make():
+        made.append(1)
+        return [measured(3.0, here), measured(9.0, here, in_features=128)]
+
+    assert [r.value for r in book.once("gemv_time", make, in_features=64)] == [3.0]
+    assert [r.value for r in book.once("gemv_time", make, in_features=64)] == [3.0]
+    assert len(made) == 1
+    assert "measured by an earlier chapter" in capsys.readouterr().out
+
+
+def test_a_gpu_is_the_recorded_one_else_the_published(book, capsys):
+    assert [r.value for r in book.on_gpu("gemv_time")] == [5.0]
+    assert "Recorded on" in capsys.readouterr().out
+    book.recorded.clear()
+    note = records.published("gemv_time", 6.0, "read", {"l2": "cold"}, {"name": "H100 SXM"}, "a note")
+    book.published.append(note)
+    assert book.on_gpu("gemv_time") == [note]
+    assert "Published for an H100 SXM, not measured here: 1 gemv_time" in capsys.readouterr().out
+
+
+def test_tables_put_numbers_on_the_right(book, monkeypatch):
+    shown = []
+    monkeypatch.setattr("trapetum.workbook._markdown", shown.append)
+    book.table(["what", "GB/s"], [["read", 34.1234], ["copy", 3]])
+    assert shown == ["| what | GB/s |\n|:--|--:|\n| read | 34.1 |\n| copy | 3 |"]

@@ -141,6 +141,33 @@ def mbu(nbytes: float, time_us: float, bandwidth_gbps: float) -> float:
     return gbps(nbytes, time_us) / bandwidth_gbps
 
 
+def time_shares(
+    nbytes: float, time_us: float, t0_us: float, bandwidth_gbps: float
+) -> tuple[float, float, float]:
+    """Where the time of one product went: its fixed time, its bytes at `bandwidth_gbps`, and the rest, as shares of 1.
+
+    The rest is work per weight, latency, or a memory that was slower just then; negative when bytes came from a cache.
+    A negative `t0_us` (a fit may give one) counts as zero.
+    """
+    _positive(time_us=time_us)
+    fixed = max(t0_us, 0.0) / time_us
+    memory = floor_us(nbytes, bandwidth_gbps) / time_us
+    return fixed, memory, 1 - fixed - memory
+
+
+def weights_per_clock(bits: float, bandwidth_gbps: float, sms: int, clock_ghz: float) -> float:
+    """Weights that each SM must decode and multiply a clock to keep up with memory: 26 on an H100 SXM at 4 bits.
+
+    Args:
+        bits: stored bits of a weight.
+        bandwidth_gbps: of the memory.
+        sms: multiprocessors (or cores).
+        clock_ghz: their clock.
+    """
+    _positive(bits=bits, bandwidth_gbps=bandwidth_gbps, sms=sms, clock_ghz=clock_ghz)
+    return bandwidth_gbps / (bits / 8) / (sms * clock_ghz)
+
+
 @dataclass(frozen=True)
 class Fit:
     """The law `T = t0 + bytes / BW` fitted to measurements.

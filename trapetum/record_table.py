@@ -69,3 +69,25 @@ def select(
         )
 
     return [record for record in records if wanted(record)]
+
+
+# What tells one measurement from another; the rest of a config (copies, threads, profile) is how it was made.
+_SUBJECT = (
+    "in_features out_features model text bits n_codes group_size path variant l2 chain calls stage context "
+    "new_tokens batch rows window stride"
+).split()
+
+
+def latest(records: Iterable) -> list:
+    """Without repeats: of records with the same quantity, method, kind, device and subject, the newest, at its place.
+
+    The subject is what `config` says of the thing measured (sizes, bits, cache state, model, stage), not of how
+    (threads, copies, profile). Records without a time, as published ones are, count in their order.
+    """
+    newest: dict[tuple, Any] = {}
+    for record in records:
+        config = tuple(str(record.config.get(name)) for name in _SUBJECT)
+        key = (record.quantity, record.method, record.kind, record.device.get("name"), config)
+        if key not in newest or (record.utc or "") >= (newest[key].utc or ""):
+            newest[key] = record
+    return list(newest.values())

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from trapetum import record_rules
 from trapetum.record_gate import Ceilings, gate, implied_gbps, is_stale, memory_gbps
 from trapetum.record_rules import KINDS, QUANTITIES, RecordError
-from trapetum.record_table import frame, select
+from trapetum.record_table import frame, latest, select
 
 __all__ = [
     "KINDS",
@@ -40,6 +40,7 @@ __all__ = [
     "gate",
     "implied_gbps",
     "is_stale",
+    "latest",
     "load",
     "measured",
     "memory_gbps",

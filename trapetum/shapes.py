@@ -118,12 +118,25 @@ class ModelShape:
         Raises:
             ValueError: a format is unknown, or the context is negative.
         """
+        return sum(self.parts_per_token(fmt, context, lm_head_fmt).values())
+
+    def parts_per_token(self, fmt: str, context: int = 0, lm_head_fmt: str = "fp16") -> dict[str, int]:
+        """The bytes of `bytes_per_token` by part: attention, MLP, output head, embedding row, KV cache.
+
+        Raises:
+            ValueError: as `bytes_per_token`.
+        """
         if context < 0:
             raise ValueError(f"the context is a number of tokens, not {context}.")
-        linears = sum(matrix_bytes(inputs, outputs, fmt) for _, inputs, outputs in self.linears())
-        head = matrix_bytes(self.hidden, self.vocab, lm_head_fmt)
-        embedding_row = matrix_bytes(self.hidden, 1, lm_head_fmt)
-        return self.layers * linears + head + embedding_row + self.kv_bytes(context)
+        sizes = {name: matrix_bytes(inputs, outputs, fmt) for name, inputs, outputs in self.linears()}
+        attention = sum(sizes[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        return {
+            "attention weights": self.layers * attention,
+            "MLP weights": self.layers * (sum(sizes.values()) - attention),
+            "output head": matrix_bytes(self.hidden, self.vocab, lm_head_fmt),
+            "embedding row": matrix_bytes(self.hidden, 1, lm_head_fmt),
+            "KV cache": self.kv_bytes(context),
+        }
 
 
 def _llama(name, hidden, layers, intermediate, heads, kv_heads, vocab, source, tied=False) -> ModelShape:

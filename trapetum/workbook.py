@@ -5,7 +5,7 @@ stays a few lines. It runs the same in front of a person (live) and under paperm
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -186,7 +186,47 @@ class Workbook:
         """This run's records on this machine if there are any, else the recorded GPU's, announced as such."""
         return self.select(quantity, "here", **filters) or self.show_recorded(quantity, **filters)
 
+    def once(self, quantity: str, make: Callable[[], Sequence[Record]], **filters) -> list[Record]:
+        """This run's records of `quantity` on this machine; only if no chapter has measured any, those `make` makes.
+
+        Args:
+            quantity: e.g. `"read_bandwidth"`.
+            make: a call of `trapetum.bench`, e.g. `lambda: bench.bandwidth(book.device, book.profile)`.
+            **filters: as for `select`.
+        """
+        filters = {"device": self.machine["name"], **filters}
+        found = self.select(quantity, "here", **filters)
+        if found:
+            print(f"{len(found)} {quantity} records of this run, measured by an earlier chapter.")
+            return found
+        return rec.select(self.measure(make()), quantity=quantity, **filters)
+
+    def on_gpu(self, quantity: str, **filters) -> list[Record]:
+        """Records of one GPU, announced: of this run if it measures on one, else recorded, else published for an H100.
+
+        A repeated measurement is there once, with its newest record.
+        """
+        here = self.select(quantity, "here", **filters) if self.device == "cuda" else []
+        found = here or self.show_recorded(quantity, **filters)
+        if found:
+            return rec.latest(found)
+        notes = self.select(quantity, "published", device="H100 SXM", **filters)
+        print(f"Published for an H100 SXM, not measured here: {len(notes)} {quantity} records.")
+        return rec.latest(notes)
+
     # Words
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence]) -> None:
+        """Display rows as a table; numbers get three significant digits and stand on the right."""
+        numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headings))]
+        lines = [
+            f"| {' | '.join(headings)} |",
+            "|" + "|".join("--:" if right else ":--" for right in numeric) + "|",
+        ]
+        for row in rows:
+            cells = [significant(cell) if isinstance(cell, float) else str(cell) for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
+        _markdown("\n".join(lines))
 
     def predict(self, label: str, value: float, unit: str) -> float:
         """Note a prediction to be compared later, print it, and return `value`."""

@@ -168,7 +168,11 @@ def _rotations(products: dict[str, Product], l2, cache: int | None) -> dict[str,
 
 
 def _set_ceiling(recorder: Recorder, products, samples) -> None:
-    """The gate's ceiling from the reads of these very rounds, or from a read made for it where there are none."""
+    """The gate's ceiling: the best of a large read, made once a process, and the reads of these very rounds.
+
+    The reads of the rounds alone are no ceiling where shapes are small: a call's fixed cost is in them.
+    """
+    cold_read_gbps(recorder)
     for (name, temperature), us in samples.items():
         if products[name].method == "read" and temperature == "cold":
             recorder.cold_read_gbps = note_cpu_read(products[name].weight_bytes / 1e3 / min(us))

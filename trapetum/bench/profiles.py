@@ -23,6 +23,8 @@ class Sizes:
         text_tokens, window, stride: perplexity.
         rotation: share of the usual rotation over distinct weights; half is still more than a CPU's cache, since the
             methods take turns.
+        law_shapes: (in_features, out_features) over a range of bytes, to fit `t0 + bytes / BW` on; none of them is in
+            `shapes` of the quick profile, so that a run measures nothing twice.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -41,11 +43,30 @@ class Sizes:
     window: int = 512
     stride: int = 256
     rotation: float = 1.0
+    law_shapes: tuple[tuple[int, int], ...] = ()
 
 
 _LLAMA_LIKE = ((4096, 4096), (11008, 4096), (4096, 11008))
+_LAW_CPU = ((1024, 1024), (2048, 1024), (2048, 2048), (2048, 5632), (3072, 8192), (4096, 8192))
+_LAW_GPU = (
+    (4096, 1024),
+    (4096, 12288),
+    (14336, 4096),
+    (8192, 8192),
+    (5120, 13824),
+    (4096, 22016),
+    (28672, 8192),
+)
+_LAW_SMOKE = ((512, 1024), (1024, 2048), (2048, 2048), (2048, 4096))
 _SMOKE = dict(
-    new_tokens=4, prompt_tokens=4, runs=1, token_budget_s=2.0, energy_s=0.3, idle_s=0.2, rotation=0.5
+    law_shapes=_LAW_SMOKE,
+    new_tokens=4,
+    prompt_tokens=4,
+    runs=1,
+    token_budget_s=2.0,
+    energy_s=0.3,
+    idle_s=0.2,
+    rotation=0.5,
 )
 _QUICK = dict(prompt_tokens=4, runs=1, energy_s=1.5, idle_s=1.0, text_tokens=8192)
 _FULL = dict(new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, text_tokens=65536)
@@ -61,13 +82,35 @@ def _sizes() -> dict[tuple[str, str], Sizes]:
         ("smoke", "cpu"): Sizes(((1024, 1024),), (4,), GIB // 16, 3, 1.0, **smoke),
         ("smoke", "cuda"): Sizes(((1024, 1024),), (4, 2), GIB // 4, 5, 1.0, **smoke),
         ("quick", "cpu"): Sizes(
-            _LLAMA_LIKE, (4,), GIB // 2, 7, 2.5, cpu, new_tokens=16, token_budget_s=2.0, **_QUICK
+            _LLAMA_LIKE,
+            (4,),
+            GIB // 2,
+            7,
+            2.5,
+            cpu,
+            new_tokens=16,
+            token_budget_s=2.0,
+            law_shapes=_LAW_CPU,
+            **_QUICK,
         ),
         ("quick", "cuda"): Sizes(
-            quick, (8, 4, 3, 2), GIB, 15, 2.5, gpu, new_tokens=128, token_budget_s=10.0, **_QUICK
+            quick,
+            (8, 4, 3, 2),
+            GIB,
+            15,
+            2.5,
+            gpu,
+            new_tokens=128,
+            token_budget_s=10.0,
+            law_shapes=_LAW_GPU,
+            **_QUICK,
         ),
-        ("full", "cpu"): Sizes(every, (8, 4), GIB, 15, 20.0, cpu, token_budget_s=30.0, **_FULL),
-        ("full", "cuda"): Sizes(every, (8, 4, 3, 2), 4 * GIB, 25, 20.0, gpu, token_budget_s=60.0, **_FULL),
+        ("full", "cpu"): Sizes(
+            every, (8, 4), GIB, 15, 20.0, cpu, token_budget_s=30.0, law_shapes=_LAW_CPU, **_FULL
+        ),
+        ("full", "cuda"): Sizes(
+            every, (8, 4, 3, 2), 4 * GIB, 25, 20.0, gpu, token_budget_s=60.0, law_shapes=_LAW_GPU, **_FULL
+        ),
     }
 
 

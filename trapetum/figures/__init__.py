@@ -1,7 +1,8 @@
 """Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
 
 from trapetum.figures.accuracy import perplexity_by_bits, weight_error
-from trapetum.figures.by_shape import losers_map, pairs, speedups
+from trapetum.figures.by_bytes import speed_by_bytes
+from trapetum.figures.by_shape import best_dense, losers_map, pairs, speedups
 from trapetum.figures.ceilings import ceilings, roofline, your_machine
 from trapetum.figures.claims import claims
 from trapetum.figures.decode import decode_stages, waterfall
@@ -10,14 +11,17 @@ from trapetum.figures.law import law_fit, predicted_vs_measured
 from trapetum.figures.pareto import pareto
 from trapetum.figures.pareto_state import on_front
 from trapetum.figures.speed import dequantize_or_fuse, ladder
+from trapetum.figures.tokens import cards, speed_on, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
 __all__ = [
     "GRIDS",
     "GRIDS_SOURCE",
     "Point",
+    "best_dense",
     "carbon",
     "carbon_g",
+    "cards",
     "ceilings",
     "claims",
     "decode_stages",
@@ -35,7 +39,10 @@ __all__ = [
     "perplexity_by_bits",
     "predicted_vs_measured",
     "roofline",
+    "speed_by_bytes",
+    "speed_on",
     "speedups",
+    "token_bytes",
     "tradeoffs",
     "waterfall",
     "weight_error",

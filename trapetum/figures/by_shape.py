@@ -1,6 +1,7 @@
 """Speedups by shape, cold and warm, and the loser's map."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,28 @@ class Pair(NamedTuple):
         """The speedup if only bytes counted: the ratio of `config.bytes`."""
         own, base = self.record.config.get("bytes"), self.baseline.config.get("bytes")
         return base / own if own and base else None
+
+
+def best_dense(records: Iterable[Record], prefer: str = "linear-fp16") -> str:
+    """The dense method to divide by: `prefer`, unless another `linear-` method is over 10 % faster in the median shape.
+
+    Raises:
+        ValueError: no dense method has been timed.
+    """
+    us = {}
+    for r in records:
+        if r.quantity == "gemv_time" and r.method.startswith("linear-"):
+            us.setdefault(r.method, {})[_place(r)] = r.value
+    if not us:
+        raise ValueError("no dense product has been timed; time linear-fp16 or linear-fp32 with the others.")
+    prefer = prefer if prefer in us else next(iter(us))
+
+    def gain(method: str) -> float:
+        shared = [us[prefer][place] / us[method][place] for place in us[method] if place in us[prefer]]
+        return statistics.median(shared) if shared else 0.0
+
+    best = max(us, key=gain)
+    return best if gain(best) > 1.1 else prefer
 
 
 def pairs(records: Iterable[Record], baseline: str = "linear-fp16") -> list[Pair]:
