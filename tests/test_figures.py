@@ -453,3 +453,11 @@ def test_the_best_dense_method_is_the_preferred_one_unless_clearly_beaten():
     assert figures.best_dense(made + near) == "linear-fp16"
     with pytest.raises(ValueError, match="no dense product"):
         figures.best_dense([])
+
+
+def test_the_bound_is_bandwidth_over_bytes_and_lies_on_the_roof():
+    read = make("read_bandwidth", ROOF, "read", {"l2": "cold", "bytes": 4 << 30})
+    bound = figures.speed_bound(read, MODELS["llama-2-7b"], "codebook-4", context=0)
+    assert bound.value == pytest.approx(ROOF * 1e9 / MODELS["llama-2-7b"].bytes_per_token("codebook-4"))
+    assert bound.kind == "derived" and read.id in bound.source
+    assert "triangle-up" in symbols(figures.speed_by_bytes([bound], ROOF))

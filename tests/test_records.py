@@ -446,3 +446,12 @@ def test_latest_drops_repeats_but_not_other_subjects():
     exact = make([9.0], config={**CONFIG, "path": "exact"}, utc="2026-11-19T10:00:00Z")
     assert records.latest([new, warm, old, exact]) == [new, warm, exact]
     assert records.latest([old, new]) == [new]
+
+
+def test_explain_says_every_part_of_a_record():
+    rows = {field: said for field, said, _ in records.explain(make(commit="0123456789abcdef", dirty=True))}
+    assert rows["quantity, value, unit"] == "gemv_time: 4.5 us"
+    assert "n 3" in rows["p20, p80, n"] and "in_features 4096" in rows["config"]
+    assert rows["commit"] == "0123456789, with uncommitted changes"
+    note = records.published("gemv_time", 6.0, "read", {}, {"name": "H100"}, "a note")
+    assert dict((f, s) for f, s, _ in records.explain(note))["p20, p80, n"] == "one figure, n 0"

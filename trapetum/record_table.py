@@ -91,3 +91,34 @@ def latest(records: Iterable) -> list:
         if key not in newest or (record.utc or "") >= (newest[key].utc or ""):
             newest[key] = record
     return list(newest.values())
+
+
+def explain(record) -> list[tuple[str, str, str]]:
+    """A record field by field, for a reader who sees the first one: (field, what it says here, what it is for)."""
+    own, config, device = record, dict(record.config), record.device
+    spread = f"{own.p20:.4g} to {own.p80:.4g} {own.unit}" if own.p20 is not None else "one figure"
+    named = ", ".join(f"{key} {value}" for key, value in config.items() if value is not None)
+    versions = ", ".join(f"{key} {value}" for key, value in own.software.items() if value)
+    clone = f"{own.commit[:10]}{', with uncommitted changes' if own.dirty else ''}" if own.commit else "none"
+    return [
+        ("quantity, value, unit", f"{own.quantity}: {own.value:.4g} {own.unit}", "the median of the samples"),
+        ("p20, p80, n", f"{spread}, n {own.n}", "the spread; a difference inside it is none"),
+        ("kind", own.kind, "measured by this code, published by somebody, or derived by a formula"),
+        ("method", own.method, "what ran"),
+        ("config", named, "what it takes to repeat it"),
+        (
+            "device",
+            f"{device.get('name', '')} ({device.get('arch', '')})",
+            "where; clocks and temperature too",
+        ),
+        ("software", versions, "what else it depends on"),
+        ("commit", clone, "the code"),
+        (
+            "kernel_sha256",
+            (own.kernel_sha256 or "none")[:10],
+            "our kernel's source; if it changed, the figure is stale",
+        ),
+        ("utc", own.utc or "none", "when"),
+        ("suspect", own.why_suspect or "no", "whether it implies more bandwidth than there is"),
+        ("id", own.id, "hash of all of the above: what a number on a page is traced by"),
+    ]

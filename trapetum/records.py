@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from trapetum import record_rules
 from trapetum.record_gate import Ceilings, gate, implied_gbps, is_stale, memory_gbps
 from trapetum.record_rules import KINDS, QUANTITIES, RecordError
-from trapetum.record_table import frame, latest, select
+from trapetum.record_table import explain, frame, latest, select
 
 __all__ = [
     "KINDS",
@@ -35,6 +35,7 @@ __all__ = [
     "RecordError",
     "append",
     "derived",
+    "explain",
     "frame",
     "from_json",
     "gate",

@@ -11,7 +11,7 @@ from trapetum.figures.law import law_fit, predicted_vs_measured
 from trapetum.figures.pareto import pareto
 from trapetum.figures.pareto_state import on_front
 from trapetum.figures.speed import dequantize_or_fuse, ladder
-from trapetum.figures.tokens import cards, speed_on, token_bytes
+from trapetum.figures.tokens import cards, speed_bound, speed_on, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "perplexity_by_bits",
     "predicted_vs_measured",
     "roofline",
+    "speed_bound",
     "speed_by_bytes",
     "speed_on",
     "speedups",

@@ -75,6 +75,35 @@ def _stack(figure: go.Figure, column: int, shape: ModelShape, formats: Sequence[
     figure.update_xaxes(title=f"{unit} a token", range=[0, 1.28 * max(totals) / scale], row=1, col=column)
 
 
+def speed_bound(read: Record, shape: ModelShape, fmt: str, context: int = 256) -> Record:
+    """The tokens a second that a measured read bandwidth allows: bandwidth over the bytes of one token.
+
+    An upper bound for batch 1 from memory: launches, attention arithmetic and norms come on top. A model whose weights
+    fit a cache may pass it.
+
+    Args:
+        read: a `read_bandwidth` record in GB/s.
+        shape, fmt, context: as for `ModelShape.bytes_per_token`.
+
+    Returns:
+        a derived `decode_speed` record in tok/s.
+    """
+    nbytes = shape.bytes_per_token(fmt, context)
+    bits, n_codes = FORMATS[fmt]
+    config = {
+        "model": shape.name,
+        "context": context,
+        "bits": bits,
+        "n_codes": n_codes or None,
+        "bytes": nbytes,
+    }
+    method = "codebook" if n_codes else fmt
+    formula = f"{digits(read.value)} GB/s / {nbytes} bytes"
+    return records.derived(
+        "decode_speed", 1e9 * read.value / nbytes, method, config, read.device, read.id, formula
+    )
+
+
 def speed_on(gpu: Gpu, shape: ModelShape, fmt: str, fit: law.Fit, fit_gpu: Gpu, context: int = 256) -> Record:
     """How fast `gpu` can decode `shape` if the law fitted on `fit_gpu` holds there with its memory's bandwidth.
 
