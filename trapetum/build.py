@@ -49,6 +49,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(handle, 0o644)  # mkstemp makes private files
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.replace(temporary, path)

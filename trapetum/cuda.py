@@ -1,8 +1,4 @@
-"""The CUDA side: packed layouts, and launches of the kernels in `kernels/*.cu`.
-
-NVRTC compiles (`trapetum.build`), CuPy loads the cubin, and `cuLaunchKernelEx` launches on PyTorch's current stream, so that a
-launch can carry the programmatic-dependent-launch attribute and can be captured in a CUDA graph.
-"""
+"""The CUDA side of the codebook kernels: their packed layout, their launch shapes, and a function for each."""
 
 import ctypes
 from dataclasses import dataclass
@@ -10,7 +6,7 @@ from functools import cache
 
 import torch
 
-from trapetum import build
+from trapetum.launch import integer, kernel, pointer
 
 SOURCE = "codebook_gemv.cu"
 DEQUANTIZE_SOURCE = "codebook_dequantize.cu"
@@ -125,65 +121,12 @@ def unpack(packed: torch.Tensor, out_features: int, in_features: int, bits: int)
 # --- launches ------------------------------------------------------------------------------------------------------
 
 
-class _Kernel:
-    """A loaded CUDA function with prepared launch attributes."""
-
-    def __init__(self, source: str, name: str, defines: tuple[str, ...], device: int):
-        import cupy
-        from cuda.bindings import driver
-
-        major, minor = torch.cuda.get_device_capability(device)
-        cubin = build.compile_cuda(source, f"sm_{major}{minor}", defines)
-        with cupy.cuda.Device(device):
-            self._function = cupy.RawModule(path=str(cubin.path)).get_function(name)
-            self._shared_limit = 48 * 1024
-            self._handle = driver.CUfunction(int(self._function.kernel.ptr))
-        self._driver = driver
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        self._pdl = [attribute] if (major, minor) >= (9, 0) else []
-
-    def launch(self, grid, block, shared_bytes: int, arguments, pdl: bool = False) -> None:
-        if shared_bytes > self._shared_limit:
-            self._function.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared_limit = shared_bytes
-        driver = self._driver
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = block
-        config.sharedMemBytes = shared_bytes
-        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        if pdl and self._pdl:
-            config.attrs, config.numAttrs = self._pdl, 1
-        values, types = zip(*arguments, strict=True)
-        (status,) = driver.cuLaunchKernelEx(config, self._handle, (values, types), 0)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(
-                f"CUDA refused the launch of {self._function.name} with grid {grid}, block {block} and "
-                f"{shared_bytes} bytes of shared memory: {status.name}"
-            )
-
-
-@cache
-def _kernel(source: str, name: str, defines: tuple[str, ...], device: int) -> _Kernel:
-    return _Kernel(source, name, defines, device)
-
-
 @cache
 def _limits(device: int) -> tuple[int, int]:
     """Multiprocessors, and the most dynamic shared memory a block may ask for, in bytes."""
     properties = torch.cuda.get_device_properties(device)
     optin = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
     return properties.multi_processor_count, optin - 4096  # the kernel's own static shared memory
-
-
-def _pointer(tensor: torch.Tensor | None):
-    return (tensor.data_ptr() if tensor is not None else 0, ctypes.c_void_p)
-
-
-def _int(value: int):
-    return (value, ctypes.c_int)
 
 
 def shared_bytes_for(in_features: int, bits: int) -> int:
@@ -257,15 +200,15 @@ def gemv(
     out_features, n_codes = codebook.shape
     steps = steps_for(in_features, bits)
     plan = plan or plan_for(out_features, bits, _limits(device)[0])
-    kernel = _kernel(
+    function = kernel(
         SOURCE, "codebook_gemv", (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}", *plan.defines), device
     )
     if out is None:
         out = torch.empty(out_features, dtype=x.dtype, device=x.device)
-    arguments = [_pointer(t) for t in (codes, codebook, x, bias, out)]
-    arguments += [_int(v) for v in (in_features, out_features, steps, n_codes)]
+    arguments = [pointer(t) for t in (codes, codebook, x, bias, out)]
+    arguments += [integer(v) for v in (in_features, out_features, steps, n_codes)]
     grid, block = (-(-out_features // LANES), 1, 1), (LANES, min(plan.warps, steps), 1)
-    kernel.launch(grid, block, shared_bytes_for(in_features, bits), arguments, pdl)
+    function.launch(grid, block, shared_bytes_for(in_features, bits), arguments, pdl)
     return out
 
 
@@ -289,19 +232,19 @@ def dequantize(
     device = codes.get_device()
     out_features, n_codes = codebook.shape
     defines = (f"BITS={bits}", f"WTYPE={_DTYPE_CODE[dtype]}")
-    kernel = _kernel(DEQUANTIZE_SOURCE, f"dequantize_{variant}", defines, device)
+    function = kernel(DEQUANTIZE_SOURCE, f"dequantize_{variant}", defines, device)
     if out is None:
         out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
     steps = steps_for(in_features, bits)
-    arguments = [_pointer(t) for t in (codes, codebook, out)]
-    arguments += [_int(v) for v in (in_features, out_features, steps, n_codes)]
+    arguments = [pointer(t) for t in (codes, codebook, out)]
+    arguments += [integer(v) for v in (in_features, out_features, steps, n_codes)]
     if variant == "naive":
-        kernel.launch((-(-out.numel() // 256), 1, 1), (256, 1, 1), 0, arguments)
+        function.launch((-(-out.numel() // 256), 1, 1), (256, 1, 1), 0, arguments)
         return out
     tile_bytes = _TILED_WARPS * LANES * (STEP[bits] + 2) * out.element_size()
     shared_bytes = 2**bits * LANES * 2 + tile_bytes
     grid = (-(-steps // (_TILED_WARPS * _STEPS_A_WARP)), -(-out_features // LANES), 1)
-    kernel.launch(grid, (LANES, _TILED_WARPS, 1), shared_bytes, [*arguments, _int(_STEPS_A_WARP)])
+    function.launch(grid, (LANES, _TILED_WARPS, 1), shared_bytes, [*arguments, integer(_STEPS_A_WARP)])
     return out
 
 
@@ -314,7 +257,7 @@ def read(buffer: torch.Tensor, pdl: bool = False) -> None:
     """Read `buffer` once (contiguous, a multiple of 16 bytes): the read-only floor at these bytes."""
     device = buffer.get_device()
     vectors = buffer.numel() * buffer.element_size() // 16
-    kernel = _kernel(READ_SOURCE, "read_bytes", (), device)
+    function = kernel(READ_SOURCE, "read_bytes", (), device)
     blocks = max(1, min(4 * _limits(device)[0], -(-vectors // 512)))
-    arguments = [_pointer(buffer), (vectors, ctypes.c_uint64), _pointer(_sink(device))]
-    kernel.launch((blocks, 1, 1), (512, 1, 1), 0, arguments, pdl)
+    arguments = [pointer(buffer), (vectors, ctypes.c_uint64), pointer(_sink(device))]
+    function.launch((blocks, 1, 1), (512, 1, 1), 0, arguments, pdl)

@@ -12,7 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
-from trapetum.build import BuildError, compile_c, compile_cuda
+from trapetum.build import BuildError, compile_c
+from trapetum.launch import integer, kernel, pointer
 
 SOURCE, CUDA_SOURCE = "kmeans.c", "kmeans.cu"
 MAX_CODES = 256
@@ -186,31 +187,17 @@ def _lloyd(rows: _Rows, centroids: Tensor, steps: int) -> Tensor:
     return centroids
 
 
-@functools.cache
-def _cuda_kernel(device: int):
-    import cupy
-
-    major, minor = torch.cuda.get_device_capability(device)
-    with cupy.cuda.Device(device):
-        module = cupy.RawModule(path=str(compile_cuda(CUDA_SOURCE, f"sm_{major}{minor}").path))
-        return module.get_function("trapetum_kmeans")
-
-
 def _solve_cuda(rows: _Rows, edges: Tensor, k: int) -> Tensor:
-    import cupy
-    import numpy
-
     device, (count, n), bins = edges.device, rows.x.shape, edges.shape[1] - 1
     edges = edges.to(torch.int32).contiguous()
     cuts = torch.empty(count, k, bins + 1, dtype=torch.int16, device=device)
     centroids = torch.empty(count, k, dtype=torch.float64, device=device)
-    inputs = [t.data_ptr() for t in (rows.x, rows.weight, rows.moment, edges)]
-    sizes = [numpy.int32(size) for size in (n, bins, k, LLOYD_STEPS)]
+    tensors = (rows.x, rows.weight, rows.moment, edges)
+    sizes = (n, bins, k, LLOYD_STEPS)
+    arguments = [*map(pointer, tensors), *map(integer, sizes), pointer(cuts), pointer(centroids)]
     shared_bytes = 8 * (4 * (bins + 1) + MAX_CODES) + 4 * (bins + 1 + MAX_CODES + 1)
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
-    with cupy.cuda.Device(device.index), stream:
-        arguments = (*inputs, *sizes, cuts.data_ptr(), centroids.data_ptr())
-        _cuda_kernel(device.index)((count,), (_THREADS,), arguments, shared_mem=shared_bytes)
+    solve = kernel(CUDA_SOURCE, "trapetum_kmeans", (), device.index)
+    solve.launch((count, 1, 1), (_THREADS, 1, 1), shared_bytes, arguments)
     return centroids
 
 

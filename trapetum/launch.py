@@ -1,0 +1,86 @@
+"""Load a CUDA source of `kernels/` and launch it on PyTorch's current stream.
+
+NVRTC compiles (`trapetum.build`), CuPy loads the cubin, and `cuLaunchKernelEx` launches, so that a launch can carry the
+programmatic-dependent-launch attribute and can be captured in a CUDA graph.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+
+from trapetum import build
+
+
+class Kernel:
+    """A loaded CUDA function with prepared launch attributes.
+
+    Args:
+        source: file name in `kernels/`.
+        name: of the `extern "C"` function.
+        defines: preprocessor definitions it is compiled with.
+        device: index of the GPU.
+    """
+
+    def __init__(self, source: str, name: str, defines: tuple[str, ...], device: int):
+        import cupy
+        from cuda.bindings import driver
+
+        major, minor = torch.cuda.get_device_capability(device)
+        cubin = build.compile_cuda(source, f"sm_{major}{minor}", defines)
+        with cupy.cuda.Device(device):
+            self._function = cupy.RawModule(path=str(cubin.path)).get_function(name)
+            self._shared_limit = 48 * 1024
+            self._handle = driver.CUfunction(int(self._function.kernel.ptr))
+        self._driver, self._device = driver, device
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        self._pdl = [attribute] if (major, minor) >= (9, 0) else []
+
+    def launch(self, grid, block, shared_bytes: int, arguments, pdl: bool = False) -> None:
+        """Launch on the current stream.
+
+        Args:
+            grid, block: three sizes each.
+            shared_bytes: dynamic shared memory.
+            arguments: pairs (value, ctypes type), from `pointer` and `integer`.
+            pdl: let this launch overlap the kernel before it (ignored below sm_90).
+
+        Raises:
+            RuntimeError: CUDA refused the launch.
+        """
+        if shared_bytes > self._shared_limit:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared_limit = shared_bytes
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
+        if pdl and self._pdl:
+            config.attrs, config.numAttrs = self._pdl, 1
+        values, types = zip(*arguments, strict=True)
+        (status,) = driver.cuLaunchKernelEx(config, self._handle, (values, types), 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(
+                f"CUDA refused the launch of {self._function.name} with grid {grid}, block {block} and "
+                f"{shared_bytes} bytes of shared memory: {status.name}"
+            )
+
+
+@cache
+def kernel(source: str, name: str, defines: tuple[str, ...], device: int) -> Kernel:
+    """The loaded function `name` of `kernels/<source>`, compiled and loaded once a process and device."""
+    return Kernel(source, name, defines, device)
+
+
+def pointer(tensor: torch.Tensor | None) -> tuple:
+    """A device pointer as a launch argument; None is a null pointer."""
+    return (tensor.data_ptr() if tensor is not None else 0, ctypes.c_void_p)
+
+
+def integer(value: int) -> tuple:
+    """A C int as a launch argument."""
+    return (value, ctypes.c_int)

@@ -1,0 +1,245 @@
+"""`make readme`: write the README's tables and pictures from the committed records.
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`; every number in it is followed by the record it comes
+from, so that `trapetum verify` can check it. Pictures go to `data/pictures/`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from trapetum import records as rec
+from trapetum.build import write_atomically
+from trapetum.paths import DATA, RECORDS, ROOT
+from trapetum.records import Record
+
+PICTURES = DATA / "pictures"
+_BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """For each thing measured the record made last; suspect ones are left out."""
+
+    def key(r: Record) -> str:
+        what = {
+            k: v
+            for k, v in r.config.items()
+            if k not in ("profile", "copies", "fewer_threads_faster", "threads")
+        }
+        return repr((r.quantity, r.method, r.device.get("name"), sorted(what.items(), key=repr)))
+
+    ordered = sorted((r for r in records if not r.suspect), key=lambda r: r.utc or "")
+    return list({key(r): r for r in ordered}.values())
+
+
+def cited(record: Record | None, digits: int = 3, unit: str = "") -> str:
+    """A record's value for a table cell, with the comment that names the record."""
+    if record is None:
+        return "-"
+    from trapetum.workbook import significant
+
+    return f"{significant(record.value, digits)}{unit}<!-- record:{record.id} -->"
+
+
+def ratio(above: Record | None, below: Record | None) -> str:
+    """above / below as a cited speedup."""
+    if above is None or below is None:
+        return "-"
+    return f"{above.value / below.value:.2f}x<!-- ratio:{above.id}/{below.id} -->"
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _one(records: Iterable[Record], quantity: str, method: str | None = None, **config) -> Record | None:
+    found = rec.select(records, quantity=quantity, method=method, **config)
+    return found[-1] if found else None
+
+
+def devices(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Measured records by device name, GPUs first."""
+    groups: dict[str, list[Record]] = {}
+    for r in records:
+        if r.kind == "measured" and r.device.get("name"):
+            groups.setdefault(r.device["name"], []).append(r)
+    return dict(
+        sorted(groups.items(), key=lambda item: not item[1][0].device.get("arch", "").startswith("sm_"))
+    )
+
+
+def _is_gpu(records: Sequence[Record]) -> bool:
+    return str(records[0].device.get("arch", "")).startswith("sm_")
+
+
+def _shapes(records: Sequence[Record]) -> list[tuple[int, int]]:
+    timed = [
+        r
+        for r in records
+        if r.quantity == "gemv_time" and r.method == "codebook" and r.config.get("l2") == "cold"
+    ]
+    return sorted(
+        {(r.config["in_features"], r.config["out_features"]) for r in timed}, key=lambda s: s[0] * s[1]
+    )
+
+
+def gemv_gpu(records: Sequence[Record]) -> str:
+    """Times of one product on a GPU, cold L2, against cuBLAS in the same process."""
+    rows = []
+    for in_features, out_features in _shapes(records):
+        where = dict(in_features=in_features, out_features=out_features, l2="cold")
+        dense = _one(records, "gemv_time", "linear-fp16", **where)
+        alone = _one(records, "gemv_time", "codebook", bits=4, chain="alone", **where)
+        chain = _one(records, "gemv_time", "codebook", bits=4, chain="pdl", **where)
+        peer = _one(records, "gemv_time", "tinygemm-int4", **where)
+        floor = _one(records, "gemv_time", "read", bits=4, chain="alone", **where)
+        times = [cited(r) for r in (dense, peer, alone, chain, floor)]
+        rows.append([f"{in_features} x {out_features}", *times, ratio(dense, alone), ratio(dense, chain)])
+    header = [
+        "in x out",
+        "cuBLAS fp16",
+        "tinygemm int4",
+        "codebook, alone",
+        "codebook, PDL chain",
+        "read only",
+    ]
+    return _markdown([*header, "alone", "in a chain"], rows)
+
+
+def gemv_cpu(records: Sequence[Record]) -> str:
+    """Times of one product on a CPU, beyond the last-level cache, all methods interleaved."""
+    rows = []
+    for in_features, out_features in _shapes(records):
+        where = dict(in_features=in_features, out_features=out_features, l2="cold")
+        dense = [_one(records, "gemv_time", f"linear-{d}", **where) for d in ("fp32", "bf16", "fp16")]
+        peer = _one(records, "gemv_time", "torch-int4", **where)
+        ours = _one(records, "gemv_time", "codebook", bits=4, path="int16", **where)
+        floor = _one(records, "gemv_time", "read", bits=4, **where)
+        best = min((d for d in dense[1:] if d), key=lambda r: r.value, default=None)
+        times = [cited(r) for r in (*dense, peer, ours, floor)]
+        rows.append([f"{in_features} x {out_features}", *times, ratio(dense[0], ours), ratio(best, ours)])
+    header = ["in x out", "fp32", "bf16", "fp16", "torch int4", "codebook int16", "read only"]
+    return _markdown([*header, "against fp32", "against the better 16-bit"], rows)
+
+
+def decode(records: Sequence[Record]) -> str:
+    """Decode speed and memory by stage, and the speedup over the dense model at the same stage."""
+    speeds = [r for r in records if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
+    rows = []
+    for stage in dict.fromkeys(r.config["stage"] for r in speeds):
+        at = [r for r in speeds if r.config["stage"] == stage]
+        dense = [r for r in at if r.method != "codebook"]
+        fastest = max(dense, key=lambda r: r.value, default=None)
+        for r in [*dense, *(r for r in at if r.method == "codebook")]:
+            memory = _one(
+                records,
+                "decode_memory",
+                r.method,
+                stage=stage,
+                bits=r.config["bits"],
+                model=r.config["model"],
+            )
+            name = f"{r.config['bits']}-bit codebook" if r.method == "codebook" else r.method
+            gain = ratio(r, fastest) if r.method == "codebook" else ""
+            rows.append(
+                [f"{stage}, {name}", cited(r), f"{rec.implied_gbps(r) or 0:.0f}", cited(memory), gain]
+            )
+    return _markdown(["stage, weights", "tok/s", "GB/s", "peak GB", "against the fastest dense"], rows)
+
+
+def accuracy(records: Sequence[Record]) -> str:
+    """Perplexity of the built-in model by bits and method."""
+    found = [r for r in records if r.quantity == "perplexity" and r.config.get("model") == "builtin"]
+    found = [r for r in found if r.config.get("text") == "builtin"]
+    methods = [m for m in dict.fromkeys(r.method for r in found) if m != "fp"]
+    dense = _one(found, "perplexity", "fp")
+    rows = [["as it is (bf16)", cited(dense, 4), *[""] * (len(methods) - 1)]] if dense else []
+    for bits in sorted({r.config["bits"] for r in found if r.method != "fp"}, reverse=True):
+        rows.append([f"{bits} bits", *(cited(_one(found, "perplexity", m, bits=bits), 4) for m in methods)])
+    return _markdown(["", *methods], rows)
+
+
+def energy(records: Sequence[Record]) -> str:
+    """Energy of a token, gross and net of idle."""
+    found = [r for r in records if r.quantity == "energy_per_token"]
+    rows = []
+    for method in dict.fromkeys(r.method for r in found):
+        cells = [cited(_one(found, "energy_per_token", method, accounting=a)) for a in ("gross", "net")]
+        rows.append([method if method != "codebook" else "4-bit codebook", *cells])
+    return _markdown(["weights, stage graph", "gross J/token", "net of idle J/token"], rows)
+
+
+def _on(gpu: bool, table: Callable[[Sequence[Record]], str]) -> Callable[[Sequence[Record]], str]:
+    def made(records: Sequence[Record]) -> str:
+        groups = [(name, group) for name, group in devices(records).items() if _is_gpu(group) is gpu]
+        return "\n".join(f"{name}:\n\n{table(group)}" for name, group in groups if "\n| " in table(group)[2:])
+
+    return made
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
+    "gemv-gpu": _on(True, gemv_gpu),
+    "gemv-cpu": _on(False, gemv_cpu),
+    "decode-gpu": _on(True, decode),
+    "decode-cpu": _on(False, decode),
+    "accuracy": _on(False, accuracy),
+    "energy": _on(True, energy),
+}
+
+
+def fill(text: str, records: Sequence[Record]) -> str:
+    """`text` with each table block written anew.
+
+    Raises:
+        KeyError: a block names no table.
+    """
+
+    def written(match: re.Match) -> str:
+        if match["name"] not in TABLES:
+            raise KeyError(f"the README asks for table {match['name']!r}; there are {', '.join(TABLES)}.")
+        return f"{match[1]}{TABLES[match['name']](records)}{match[3]}"
+
+    return _BLOCK.sub(written, text)
+
+
+def pictures(records: Sequence[Record]) -> dict:
+    """The README's pictures: file name -> plotly figure."""
+    from trapetum import figures
+
+    made = {}
+    for name, group in devices(records).items():
+        kind = "gpu" if _is_gpu(group) else "cpu"
+        timed = [
+            r
+            for r in group
+            if r.quantity == "gemv_time" and r.method in ("linear-fp16", "linear-fp32", "codebook")
+        ]
+        four = [r for r in timed if r.method != "codebook" or r.config["bits"] == 4]
+        if four and f"speedups-{kind}.png" not in made:
+            baseline = "linear-fp16" if kind == "gpu" else "linear-fp32"
+            made[f"speedups-{kind}.png"] = figures.speedups(
+                four, baseline, title=f"One product against {baseline}, {name}"
+            )
+        speeds = [r for r in group if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
+        roofs = [r.value for r in group if r.quantity == "read_bandwidth"]
+        if speeds and f"decode-{kind}.png" not in made:
+            made[f"decode-{kind}.png"] = figures.decode_stages(speeds, max(roofs, default=None))
+    return made
+
+
+def main() -> None:
+    """Rewrite the README's tables and pictures."""
+    import plotly.io
+
+    known = newest(rec.load(RECORDS).records)
+    readme = ROOT / "README.md"
+    write_atomically(readme, fill(readme.read_text(), known).encode())
+    PICTURES.mkdir(exist_ok=True)
+    made = pictures(known)
+    paths = [PICTURES / name for name in made]
+    plotly.io.write_images(list(made.values()), paths, width=1000, scale=1.5)
+    print(f"README.md and {len(paths)} pictures written from {len(known)} records")
+
+
+if __name__ == "__main__":
+    main()
