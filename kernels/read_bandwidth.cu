@@ -8,7 +8,7 @@
 
 constexpr int IN_FLIGHT = 4;
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
 read_bytes(const uint4* __restrict__ buffer, unsigned long long vectors, unsigned* sink) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
