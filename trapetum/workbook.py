@@ -206,7 +206,8 @@ class Workbook:
 
         A repeated measurement is there once, with its newest record.
         """
-        here = self.select(quantity, "here", **filters) if self.device == "cuda" else []
+        on_this = {"device": self.machine["name"], **filters}
+        here = self.select(quantity, "here", **on_this) if self.device == "cuda" else []
         found = here or self.show_recorded(quantity, **filters)
         if found:
             return rec.latest(found)

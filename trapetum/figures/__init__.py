@@ -10,7 +10,7 @@ from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energ
 from trapetum.figures.law import law_fit, predicted_vs_measured
 from trapetum.figures.pareto import pareto
 from trapetum.figures.pareto_state import on_front
-from trapetum.figures.speed import dequantize_or_fuse, ladder
+from trapetum.figures.speed import dequantize_or_fuse, ladder, shape_of
 from trapetum.figures.tokens import cards, speed_bound, speed_on, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
@@ -39,6 +39,7 @@ __all__ = [
     "perplexity_by_bits",
     "predicted_vs_measured",
     "roofline",
+    "shape_of",
     "speed_bound",
     "speed_by_bytes",
     "speed_on",

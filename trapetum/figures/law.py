@@ -28,7 +28,8 @@ def predicted_vs_measured(rows: Sequence[Mapping], title: str = "Predicted again
     """A scatter, log-log, of predictions against measurements with the diagonal and a band of 20 %.
 
     Args:
-        rows: as `Workbook.compare` returns them: label, unit, predicted, measured (None is left out).
+        rows: as `Workbook.compare` returns them: label, unit, predicted, measured (None is left out). More than eight are
+            labelled on hover only.
         title: above the figure.
     """
     rows = [row for row in rows if row["measured"] is not None]
@@ -44,11 +45,12 @@ def predicted_vs_measured(rows: Sequence[Mapping], title: str = "Predicted again
         go.Scatter(x=ends, y=ends * 1.2, fill="tonexty", fillcolor="#eef1f4", name="±20 %", **band)
     )
     figure.add_trace(go.Scatter(x=ends, y=ends, **(roof_name("as predicted") | {"hoverinfo": "skip"})))
+    mode = "markers+text" if len(rows) <= 8 else "markers"
     for unit in units:
         chosen = [row for row in rows if row["unit"] == unit]
         figure.add_trace(
             go.Scatter(
-                x=[row["predicted"] for row in chosen], y=[row["measured"] for row in chosen], mode="markers+text",
+                x=[row["predicted"] for row in chosen], y=[row["measured"] for row in chosen], mode=mode,
                 text=[row["label"] for row in chosen], textposition="top center", name=f"measured, {unit}",
                 marker={"size": 11, "symbol": "circle", "color": "#1f6fb2" if unit == units[0] else "#c2571a"},
                 hovertemplate="%{text}<br>predicted %{x:.4g}, measured %{y:.4g}<extra></extra>", textfont={"size": 11},

@@ -149,13 +149,14 @@ def cards(
     every = [*predicted, *found]
     names = list(dict.fromkeys(r.device["name"] for r in every))
     model = predicted[0].config["model"] if predicted else "no model"
-    figure = new_figure(title, provenance(every, f"tok/s, {model}, batch 1"), 170 + 70 * len(names))
+    figure = new_figure(title, provenance(every, f"tok/s, {model}, batch 1"), 280 + 60 * len(names))
     for label, group in _by_label(every).items():
         rows = [names.index(r.device["name"]) for r in group]
         tint = colour(group[0].method, group[0].config.get("bits"))
         figure.add_trace(points(group, [r.value for r in group], rows, label, tint, size=12))
     figure.update_xaxes(title="tokens a second", rangemode="tozero")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5])
+    figure.update_layout(margin_b=160)  # the legend of many methods
     return add_key(figure, every)
 
 
