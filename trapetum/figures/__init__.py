@@ -11,6 +11,7 @@ from trapetum.figures.law import law_fit, predicted_vs_measured
 from trapetum.figures.pareto import pareto
 from trapetum.figures.pareto_state import on_front
 from trapetum.figures.speed import dequantize_or_fuse, ladder, shape_of
+from trapetum.figures.style import label_of
 from trapetum.figures.tokens import cards, speed_bound, speed_on, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
@@ -29,6 +30,7 @@ __all__ = [
     "energy_bars",
     "fastest",
     "groups",
+    "label_of",
     "ladder",
     "law_fit",
     "losers_map",

@@ -66,7 +66,14 @@ def ladder(
     if rows:
         ns, es = zip(*rows, strict=True)
         figure.add_trace(points(es, [e.value for e in es], ns, "error", INK, showlegend=False), 1, 2)
-        figure.update_xaxes(title="relative error against float64", tickangle=0, col=2, **LOG)
+        figure.update_xaxes(
+            title="relative error against float64",
+            type="log",
+            dtick=2,
+            exponentformat="power",
+            tickangle=0,
+            col=2,
+        )
     figure.update_xaxes(visible=bool(rows), col=2)
     figure.update_xaxes(title="time, us", range=[0, 1.25 * max(r.value for r in records)], col=1)
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(dict.fromkeys(names)))

@@ -117,7 +117,8 @@ def label_of(record: Record, chain: bool = True) -> str:
     """A record's method as a reader sees it, e.g. `codebook 4-bit (pdl)`."""
     words = [method_of(record)]
     bits = record.config.get("bits")
-    if bits is not None and method_of(record) not in ("fp16", "bf16", "fp32", "fp"):
+    says_it = method_of(record).endswith(("fp16", "bf16", "fp32")) or method_of(record) == "fp"
+    if bits is not None and not says_it:
         words.append(f"{bits:g}-bit")
     if record.config.get("n_codes") == 64:
         words.append("64 codes")
