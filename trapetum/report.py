@@ -15,8 +15,10 @@ import html
 import json
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,6 +135,7 @@ def execute(number: str, folder: Path, request: Request) -> str:
         the exception it stopped at as one line, or an empty string.
     """
     import papermill
+    from traitlets.config import Config
 
     source = chapters_available()[number]
     done = folder / "notebooks" / source.name
@@ -154,6 +157,8 @@ def execute(number: str, folder: Path, request: Request) -> str:
             kernel_name="python3",
             progress_bar=False,
             cwd=str(ROOT),
+            # a kernel on TCP could be read by others on this machine, and warns of it in every chapter
+            config=Config(KernelManager={"transport": "ipc"}),
         )
     except papermill.exceptions.PapermillExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".strip().split("\n")[0]
@@ -185,7 +190,7 @@ def _summary_html(state: dict) -> str:
         "Measured": f"{state['started']} UTC, profile {state['profile']}, {state['seconds']:.0f} s",
         "Model": state["model"],
         "Software": ", ".join(f"{k} {v}" for k, v in software.items() if v),
-        "Commit": f"{state['commit'] or 'unknown'}{' with uncommitted changes' if state['dirty'] else ''}",
+        "Commit": f"{(state['commit'] or 'unknown')[:12]}{' with uncommitted changes' if state['dirty'] else ''}",
     }
     cells = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
     return f'<table class="summary">{cells}</table>'
@@ -238,6 +243,20 @@ def _start(folder: Path, request: Request) -> dict:
     return state
 
 
+@contextmanager
+def _short_runtime_dir() -> Iterator[None]:
+    """Kernels' sockets in a temporary folder, since a socket's path may have 107 characters at most."""
+    before = os.environ.get("JUPYTER_RUNTIME_DIR")
+    with tempfile.TemporaryDirectory(prefix="trapetum-") as folder:
+        os.environ["JUPYTER_RUNTIME_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("JUPYTER_RUNTIME_DIR")
+            if before is not None:
+                os.environ["JUPYTER_RUNTIME_DIR"] = before
+
+
 def run(request: Request, folder: Path, resume: bool = False, say: Say = print) -> list[str]:
     """Execute the chapters, then bind the page.
 
@@ -260,7 +279,8 @@ def run(request: Request, folder: Path, resume: bool = False, say: Say = print) 
             continue
         say(f"[{position}/{len(request.chapters)}] {name} ...")
         began = time.perf_counter()
-        error = execute(number, folder, request)
+        with _short_runtime_dir():
+            error = execute(number, folder, request)
         took = time.perf_counter() - began
         state["done"][number] = error
         state["seconds"] += took
