@@ -461,3 +461,12 @@ def test_the_bound_is_bandwidth_over_bytes_and_lies_on_the_roof():
     assert bound.value == pytest.approx(ROOF * 1e9 / MODELS["llama-2-7b"].bytes_per_token("codebook-4"))
     assert bound.kind == "derived" and read.id in bound.source
     assert "triangle-up" in symbols(figures.speed_by_bytes([bound], ROOF))
+
+
+def test_the_fastest_dense_product_of_each_place_can_be_the_baseline():
+    slow, quick = gemv("linear-fp16", SHAPES[0], 9.0), gemv("linear-bf16", SHAPES[0], 6.0)
+    other, ours = gemv("linear-fp16", SHAPES[1], 20.0), gemv("codebook", SHAPES[0], 3.0, 4)
+    made = figures.pairs([slow, quick, other, ours, gemv("codebook", SHAPES[1], 40.0, 4)], figures.FASTEST)
+    assert [p.baseline for p in made] == [quick, other]
+    assert [p.speedup for p in made] == [2.0, 0.5]
+    assert "times faster than fastest dense" in words(figures.speedups([slow, quick, ours], figures.FASTEST))

@@ -2,7 +2,7 @@
 
 from trapetum.figures.accuracy import perplexity_by_bits, weight_error
 from trapetum.figures.by_bytes import speed_by_bytes
-from trapetum.figures.by_shape import best_dense, losers_map, pairs, speedups
+from trapetum.figures.by_shape import FASTEST, best_dense, losers_map, pairs, speedups
 from trapetum.figures.ceilings import ceilings, roofline, your_machine
 from trapetum.figures.claims import claims
 from trapetum.figures.decode import decode_stages, waterfall
@@ -16,6 +16,7 @@ from trapetum.figures.tokens import cards, speed_bound, speed_on, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
 __all__ = [
+    "FASTEST",
     "GRIDS",
     "GRIDS_SOURCE",
     "Point",

@@ -67,21 +67,34 @@ def best_dense(records: Iterable[Record], prefer: str = "linear-fp16") -> str:
     return best if gain(best) > 1.1 else prefer
 
 
+FASTEST = "fastest dense"
+
+
+def is_dense(record: Record) -> bool:
+    """Whether the product is PyTorch's own, of dense weights."""
+    return record.method.startswith(("linear-", "mv-"))
+
+
 def pairs(records: Iterable[Record], baseline: str = "linear-fp16") -> list[Pair]:
     """Every `gemv_time` record beside the `baseline` method's of the same device, shape and cache state.
 
-    A record in a chain of launches is compared with a baseline in a chain if there is one, else with it alone.
+    A record in a chain of launches is compared with a baseline in a chain if there is one, else with it alone. With
+    `FASTEST` the baseline is the fastest dense product of each place, and dense products have no pair.
     """
     found = [r for r in records if r.quantity == "gemv_time" and "in_features" in r.config]
     bases: dict[tuple, Record] = {}
     for r in found:
-        if r.method == baseline:
-            bases[(*_place(r), r.config.get("chain", "alone"))] = r
+        key = (*_place(r), r.config.get("chain", "alone"))
+        if r.method == baseline or (
+            baseline == FASTEST and is_dense(r) and (key not in bases or r.value < bases[key].value)
+        ):
+            bases[key] = r
     made = []
     for r in found:
         place = _place(r)
         base = bases.get((*place, r.config.get("chain", "alone"))) or bases.get((*place, "alone"))
-        if base is not None and r.method not in (baseline, "read"):
+        itself = r.method == baseline or (baseline == FASTEST and is_dense(r))
+        if base is not None and not itself and r.method != "read":
             made.append(Pair(r, base))
     return made
 
@@ -98,7 +111,7 @@ def speedups(
 
     Args:
         records: `gemv_time` records, the baseline's among them.
-        baseline: the dense method that every product of the same shape is divided by.
+        baseline: the dense method that every product of the same shape is divided by, or `FASTEST`.
         title: above the figure.
     """
     made = pairs(records, baseline)
@@ -173,7 +186,7 @@ def losers_map(
 
     Args:
         records: `gemv_time` records, the baseline's among them; every cache state makes its own rows.
-        baseline: the dense method divided by.
+        baseline: the dense method divided by, or `FASTEST`.
         title: above the figure.
     """
     made = pairs(records, baseline)
