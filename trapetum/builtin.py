@@ -20,6 +20,7 @@ import torch
 from trapetum import pretraining, records, text
 from trapetum.build import write_atomically
 from trapetum.pretraining import Recipe
+from trapetum.models import config_of
 from trapetum.shapes import MODELS, ModelShape
 from trapetum.trained import as_records, heldout_perplexity, report, samples
 from trapetum.training_text import encode_parts, make_tokenizer, prepare_texts, tokenizer_texts
@@ -65,23 +66,11 @@ PLANS = {
 
 def make_model(shape: ModelShape, context: int, seed: int = 0):
     """A `LlamaForCausalLM` of a shape with fresh float32 weights, for sequences of `context` tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        max_position_embeddings=context,
-        tie_word_embeddings=shape.tied_embeddings,
-        rms_norm_eps=1e-5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    ends = dict(bos_token_id=0, eos_token_id=0)
+    config = config_of(shape, max_position_embeddings=context, rms_norm_eps=1e-5, **ends)
     return LlamaForCausalLM(config)
 
 
