@@ -19,8 +19,8 @@ import torch
 
 from trapetum import pretraining, records, text
 from trapetum.build import write_atomically
-from trapetum.pretraining import Recipe
 from trapetum.models import config_of
+from trapetum.pretraining import Recipe
 from trapetum.shapes import MODELS, ModelShape
 from trapetum.trained import as_records, heldout_perplexity, report, samples
 from trapetum.training_text import encode_parts, make_tokenizer, prepare_texts, tokenizer_texts
