@@ -96,7 +96,9 @@ class _Run:
         self.threads = timing.pick_threads(token_s) if self.device == "cpu" else None
         affordable = int(self._sizes.token_budget_s / token_s[self.threads])
         self.tokens = max(min(self._wanted, affordable), min(self._wanted, FEWEST_TOKENS))
-        if self.device == "cuda":  # a growing cache asks for new sizes at every length: once before the clock runs
+        if (
+            self.device == "cuda"
+        ):  # a growing cache asks for new sizes at every length: once before the clock runs
             self.engine.generate(self.prompt, self.tokens)
 
     def once(self) -> Generation:
