@@ -71,6 +71,7 @@ def _dequant_one(recorder: Recorder, shape: tuple[int, int], bits: int) -> None:
         "n_codes": N_CODES[bits],
         "l2": "cold",
         "chain": "alone",
+        "beside": "dequantize-linear",  # timed in the rounds of that product, not in those of `gemv`
     }
     for name, us in samples.items():
         _add_dequant(
