@@ -230,10 +230,13 @@ def test_saved_page_needs_neither_kernel_nor_network(page, saved):
 def test_controls_of_the_saved_page_work_together(page, saved):
     """A limit that was set stays when the context or the axes change: each control changes something of its own."""
     open_saved(page, saved)
-    click_slider(page, 1, 0.35)
     read = "() => document.querySelector('.js-plotly-plot').data.map(t => [t.visible, t.opacity])"
-    limited = page.evaluate(read)
+    unlimited = page.evaluate(read)
+    click_slider(page, 1, 0.35)
+    limited = wait_for_change(lambda: page.evaluate(read), unlimited)
+    places = marker_places(page, 0)
     click_slider(page, 0, 0.5)
+    wait_for_change(lambda: marker_places(page, 0), places)
     assert page.evaluate(read) == limited
     page.locator(".updatemenu-header").first.click()
     page.locator(".updatemenu-dropdown-button").nth(1).click()

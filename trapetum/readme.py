@@ -16,21 +16,6 @@ PICTURES = DATA / "pictures"
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest(records: Iterable[Record]) -> list[Record]:
-    """For each thing measured the record made last; suspect ones are left out."""
-
-    def key(r: Record) -> str:
-        what = {
-            k: v
-            for k, v in r.config.items()
-            if k not in ("profile", "copies", "fewer_threads_faster", "threads")
-        }
-        return repr((r.quantity, r.method, r.device.get("name"), sorted(what.items(), key=repr)))
-
-    ordered = sorted((r for r in records if not r.suspect), key=lambda r: r.utc or "")
-    return list({key(r): r for r in ordered}.values())
-
-
 def cited(record: Record | None, digits: int = 3, unit: str = "") -> str:
     """A record's value for a table cell, with the comment that names the record."""
     if record is None:
@@ -231,7 +216,7 @@ def main() -> None:
     """Rewrite the README's tables and pictures."""
     import plotly.io
 
-    known = newest(rec.load(RECORDS).records)
+    known = rec.latest(r for r in rec.load(RECORDS).records if not r.suspect)
     readme = ROOT / "README.md"
     write_atomically(readme, fill(readme.read_text(), known).encode())
     PICTURES.mkdir(exist_ok=True)
