@@ -154,7 +154,11 @@ def _parameters(folder):
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """What `trapetum report` sets: no progress bars, figures as data, nobody at the front end."""
+    """What `trapetum report` sets: no progress bars, figures as data, nobody at the front end; and one thread.
+
+    With more threads than idle cores each of the many small products waits for the scheduler: minutes, not seconds.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
