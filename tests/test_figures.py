@@ -273,6 +273,45 @@ def test_weight_error_is_logarithmic():
     assert figure.layout.yaxis.type == "log" and {t.name for t in figure.data} >= {"rtn", "lloyd", "kmeans"}
 
 
+def windows_of(factors, method="fp", bits=16):
+    """A perplexity record whose windows are `factors` times ten windows of very different difficulty."""
+    base = np.linspace(5.0, 50.0, 10)
+    config = {"model": "builtin", "window": 257, "stride": 256, "tokens": 2560, "bits": bits}
+    samples = base * factors
+    value = float(np.exp(np.log(samples).mean()))
+    return records.measured("perplexity", samples.tolist(), method, config, H100, {}, value=value)
+
+
+def test_losses_are_paired_and_shared_with_round_to_nearest():
+    wobble = np.where(np.arange(10) % 2, 1.001, 0.999)
+    own = [windows_of(1.0), windows_of(1.2 * wobble, "rtn", 4), windows_of(1.1 * wobble, "kmeans", 4)]
+    nearest, best = figures.losses([*own, windows_of(1.5, "nf4", 3)])[:2]
+    assert nearest.left == 1 and best.left == pytest.approx(np.log(1.1) / np.log(1.2), rel=1e-3)
+    assert best.percent == pytest.approx(10, rel=1e-3)
+    low, high = best.interval
+    assert low < best.nats < high and high - low < 0.002
+    assert figures.losses(own[1:]) == []
+    assert figures.losses([own[0], windows_of(1.5, "nf4", 3)])[0].left is None
+
+
+def test_losses_refuse_two_protocols(published):
+    with pytest.raises(ValueError, match="protocols do not compare"):
+        figures.losses(records.select(published, quantity="perplexity"))
+
+
+def test_the_codebooks_of_a_channel_lie_under_its_histogram():
+    row = np.random.default_rng(0).standard_normal(500)
+    codebooks = {"rtn": [-3.0, -1.0, 1.0, 3.0], "kmeans": [-1.5, -0.4, 0.4, 1.5]}
+    figure = figures.codebooks_of_channel(row, codebooks, "a test, channel 0")
+    bars, *ticks = figure.data
+    assert sum(bars.y) == 500 and {t.name: list(t.x) for t in ticks} == codebooks
+    nearest = np.abs(row[:, None] - np.array(codebooks["kmeans"])).argmin(1)
+    assert f"for {(nearest == 0).sum()} weights" in ticks[1].text[0]
+    assert "channel 0" in figure.layout.title.subtitle.text
+    with pytest.raises(ValueError, match="no weights"):
+        figures.codebooks_of_channel([], codebooks, "nowhere")
+
+
 def test_energy_gross_and_net(published):
     figure = figures.energy_bars(decode_records())
     bars = [t for t in figure.data if isinstance(t, go.Bar)]

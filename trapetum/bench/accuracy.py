@@ -80,7 +80,7 @@ def _tokens(loaded: Loaded, text: str, recorder: Recorder) -> tuple[torch.Tensor
         )
     wanted = recorder.sizes.text_tokens
     words = load_text(text, wanted * CHARACTERS_A_TOKEN)
-    ids = loaded.tokenizer(words, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    ids = loaded.tokenizer(words, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     return ids[:wanted], ids[wanted:]
 
 

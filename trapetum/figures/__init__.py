@@ -1,6 +1,6 @@
 """Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
 
-from trapetum.figures.accuracy import perplexity_by_bits, weight_error
+from trapetum.figures.accuracy import Loss, codebooks_of_channel, losses, perplexity_by_bits, weight_error
 from trapetum.figures.by_bytes import speed_by_bytes
 from trapetum.figures.by_shape import FASTEST, best_dense, losers_map, pairs, speedups
 from trapetum.figures.ceilings import ceilings, roofline, your_machine
@@ -19,6 +19,7 @@ __all__ = [
     "FASTEST",
     "GRIDS",
     "GRIDS_SOURCE",
+    "Loss",
     "Point",
     "best_dense",
     "carbon",
@@ -26,6 +27,7 @@ __all__ = [
     "cards",
     "ceilings",
     "claims",
+    "codebooks_of_channel",
     "decode_stages",
     "dequantize_or_fuse",
     "energy_bars",
@@ -35,6 +37,7 @@ __all__ = [
     "ladder",
     "law_fit",
     "losers_map",
+    "losses",
     "on_front",
     "pairs",
     "pick",

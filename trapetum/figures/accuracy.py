@@ -1,12 +1,16 @@
 """What fewer bits cost: perplexity and weight error by bits and method."""
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from trapetum.figures.style import (
+    FAINT,
     LOG,
     ROOF_COLOUR,
     add_key,
@@ -143,3 +147,122 @@ def weight_error(records: Sequence[Record], title: str = "Weight error against b
     figure.update_xaxes(title="bits a weight", dtick=1)
     figure.update_yaxes(title="relative squared error", type="log", dtick=1, exponentformat="power")
     return add_key(figure, found)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What quantizing cost in perplexity, against the same model on the same text.
+
+    Attributes:
+        record: the quantized model's `perplexity` record.
+        nats: ln(perplexity / unquantized perplexity): the rise in nats a token.
+        interval: 95 % paired bootstrap interval of `nats` over windows, or None where windows are not recorded.
+        left: `nats` over that of round-to-nearest at the same bits: the share of its loss that is left, or None.
+    """
+
+    record: Record
+    nats: float
+    interval: tuple[float, float] | None
+    left: float | None
+
+    @property
+    def percent(self) -> float:
+        """The rise of the perplexity in per cent."""
+        return 100 * math.expm1(self.nats)
+
+
+def losses(records: Sequence[Record]) -> list[Loss]:
+    """The loss of each quantized model against method `fp`, and what is left of round-to-nearest's.
+
+    Both models score the same windows, so windows are drawn in pairs: a text that is hard for both cancels, and the
+    interval is far narrower than that of either perplexity.
+
+    Args:
+        records: `perplexity` records, measured or published.
+
+    Returns:
+        a loss for each quantized record, in the order given; none without the `fp` record.
+
+    Raises:
+        ValueError: the records are of more than one protocol, whose perplexities do not compare.
+    """
+    protocols = sorted({protocol_of(r) for r in records})
+    if len(protocols) > 1:
+        raise ValueError(
+            f"perplexities of {len(protocols)} protocols do not compare: {'; '.join(protocols)}."
+        )
+    base = next((r for r in records if r.method == "fp"), None)
+    if base is None:
+        return []
+    nearest = {bits_of(r): math.log(r.value / base.value) for r in records if r.method == "rtn"}
+    return [_loss(r, base, nearest.get(bits_of(r))) for r in records if r.method != "fp"]
+
+
+def _loss(record: Record, base: Record, nearest: float | None) -> Loss:
+    nats = math.log(record.value / base.value)
+    left = nats / nearest if nearest and nearest > 0 else None
+    return Loss(record, nats, _paired_interval(record, base), left)
+
+
+def _paired_interval(record: Record, base: Record, n_boot: int = 2000) -> tuple[float, float] | None:
+    """Percentiles of the mean rise over windows drawn with replacement; a window weighs what it scores."""
+    if len(record.samples) != len(base.samples) or len(base.samples) < 2:
+        return None
+    rise = np.log(record.samples) - np.log(base.samples)
+    scored = np.full(len(rise), float(record.config["stride"]))
+    scored[0] = record.config["window"] - 1
+    drawn = np.random.default_rng(0).integers(0, len(rise), size=(n_boot, len(rise)))
+    means = (rise * scored)[drawn].sum(1) / scored[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def codebooks_of_channel(
+    weights: Sequence[float],
+    codebooks: Mapping[str, Sequence[float]],
+    where: str,
+    title: str = "One output channel and its codebooks",
+) -> go.Figure:
+    """Histogram of one row of weights; below it, a tick for each value that a method's codebook gives the row.
+
+    Args:
+        weights: the row, [in_features].
+        codebooks: by method, the values of this row's codebook, [n_codes].
+        where: what the row is, e.g. "builtin, layers.0.q_proj, channel 7"; stands under the title.
+        title: above the figure.
+
+    Raises:
+        ValueError: no weights.
+    """
+    row = np.asarray(weights, dtype=float)
+    if not row.size:
+        raise ValueError("the channel has no weights; give one row of a weight matrix.")
+    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.05)
+    figure = new_figure(
+        title, f"{where} · {row.size} weights, exact counts; a tick is a codebook value", 470, figure
+    )
+    counts, edges = np.histogram(row, bins=64)
+    bar = {
+        "marker_color": FAINT,
+        "name": "weights",
+        "hovertemplate": "%{y} weights near %{x:.3g}<extra></extra>",
+    }
+    figure.add_trace(go.Bar(x=(edges[1:] + edges[:-1]) / 2, y=counts, showlegend=False, **bar), 1, 1)
+    for method, values in codebooks.items():
+        figure.add_trace(_ticks(method, np.asarray(values, dtype=float), row), 2, 1)
+    figure.update_xaxes(title="weight (no unit)", row=2, col=1)
+    figure.update_yaxes(title="weights a bin", row=1, col=1)
+    figure.update_yaxes(autorange="reversed", row=2, col=1)
+    return figure.update_layout(bargap=0.05)
+
+
+def _ticks(method: str, values: np.ndarray, row: np.ndarray) -> go.Scatter:
+    """One tick a codebook value; the hover text counts the weights that are nearest to it."""
+    nearest = np.abs(row[:, None] - values[None, :]).argmin(1)
+    text = [
+        f"{method}: {v:.4g}, for {n} weights"
+        for v, n in zip(values, np.bincount(nearest, minlength=len(values)), strict=True)
+    ]
+    marker = {"symbol": "line-ns", "size": 20, "line": {"width": 2.5, "color": colour(method)}}
+    hover = {"text": text, "hovertemplate": "%{text}<extra></extra>", "showlegend": False}
+    return go.Scatter(x=values, y=[method] * len(values), mode="markers", name=method, marker=marker, **hover)
