@@ -59,14 +59,14 @@ def perplexity_by_bits(
     if not panels:
         return nothing(title, "No perplexity has been measured yet.")
     figure = make_subplots(
-        1, len(panels), subplot_titles=[_broken(name) for name, _ in panels], horizontal_spacing=0.08
+        1, len(panels), subplot_titles=[_broken(name) for name, _ in panels], horizontal_spacing=0.1
     )
     figure = new_figure(title, provenance([*records, *published], "perplexity, lower is better"), 500, figure)
     seen: set[str] = set()
     for column, (_, group) in enumerate(panels, start=1):
         _draw_panel(figure, column, group, seen)
     figure.update_xaxes(title="bits a weight", dtick=1)
-    figure.update_yaxes(title="perplexity", col=1)
+    figure.update_yaxes(title="perplexity")
     figure.update_annotations(font_size=12)
     figure.update_layout(margin_t=130)
     return add_key(figure, [r for _, group in panels for r in group])
