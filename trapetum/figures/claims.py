@@ -40,7 +40,9 @@ def claims(rows: Sequence[Mapping[str, str]], title: str = "Claims and verdicts"
         max(-(-len(str(row.get(k, ""))) // w) for k, w in zip(keys, (12, 38, 33, 33, 22), strict=True))
         for row in rows
     )
-    figure.update_layout(height=150 + 16 * lines + 10 * len(rows), margin={"l": 10, "r": 10, "t": 100, "b": 10})
+    figure.update_layout(
+        height=150 + 16 * lines + 10 * len(rows), margin={"l": 10, "r": 10, "t": 100, "b": 10}
+    )
     return figure
 
 
