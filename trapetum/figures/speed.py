@@ -69,7 +69,7 @@ def ladder(
         figure.update_xaxes(
             title="relative error against float64",
             type="log",
-            dtick=2,
+            dtick=1,
             exponentformat="power",
             tickangle=0,
             col=2,
