@@ -83,7 +83,7 @@ def test_a_killed_chapter_leaves_no_half_records(workbook):
 def test_saved_records_are_not_doubled(workbook):
     folder = report.RUNS / "run"
     report.run(request_for(("01",)), folder, say=lambda line: None)
-    target = report.save_records(folder)
+    (target,) = report.save_records(folder)
     report.save_records(folder)
     assert target.name == "test.jsonl" and len(records.load(target).records) == 1
 

@@ -131,7 +131,8 @@ def report(
             )
     failed = reporting.run(request, folder.absolute(), resume, typer.echo)
     if save_records:
-        typer.echo(f"Records appended to {os.path.relpath(reporting.save_records(folder))}")
+        for path in reporting.save_records(folder):
+            typer.echo(f"Records appended to {os.path.relpath(path)}")
     typer.echo(f"Report: {os.path.relpath(folder / 'report.html')}")
     if failed:
         typer.echo(f"trapetum: {reporting.failures_as_text(failed)}", err=True)

@@ -173,14 +173,21 @@ def _merge_records(folder: Path) -> Path:
     return merged
 
 
-def save_records(folder: Path) -> Path:
-    """Append the run's records to `data/records/<device>.jsonl`, where the recorded machines are kept."""
+def save_records(folder: Path) -> list[Path]:
+    """Append the run's records to `data/records/<device>.jsonl`, where the recorded machines are kept.
+
+    Returns:
+        the files: one for each device, since a GPU's chapter may measure its host's CPU too.
+    """
     loaded = records.load(folder / "records.jsonl").records
-    name = next((r.device["name"] for r in loaded if r.device.get("name")), "machine")
-    target = RECORDS / f"{_slug(name)}.jsonl"
-    known = {r.id for r in records.load(target).records} if target.exists() else set()
-    records.append(target, [r for r in loaded if r.id not in known])
-    return target
+    by_device: dict[Path, list[records.Record]] = {}
+    for record in loaded:
+        target = RECORDS / f"{_slug(record.device.get('name') or 'machine')}.jsonl"
+        by_device.setdefault(target, []).append(record)
+    for target, found in by_device.items():
+        known = {r.id for r in records.load(target).records} if target.exists() else set()
+        records.append(target, [r for r in found if r.id not in known])
+    return list(by_device)
 
 
 def _summary_html(state: dict) -> str:
