@@ -274,7 +274,7 @@ def test_energy_is_gross_and_net(monkeypatch):
 class ByteTokenizer:
     """Token ids are the bytes of the text."""
 
-    def __call__(self, text, return_tensors, add_special_tokens):
+    def __call__(self, text, return_tensors, add_special_tokens, verbose):
         ids = torch.tensor([list(text.encode())])
         return type("Encoding", (), {"input_ids": ids})()
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from trapetum import records, report
+from trapetum import machine, records, report
 
 GOOD = """
 from trapetum import records as rec
@@ -85,7 +85,10 @@ def test_saved_records_are_not_doubled(workbook):
     report.run(request_for(("01",)), folder, say=lambda line: None)
     (target,) = report.save_records(folder)
     report.save_records(folder)
-    assert target.name == "test.jsonl" and len(records.load(target).records) == 1
+    assert (
+        target.name == f"{report._slug(machine.describe('cpu')['name'])}.jsonl"
+        and len(records.load(target).records) == 1
+    )
 
 
 def test_only_unknown_chapters_are_refused(workbook):

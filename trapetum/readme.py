@@ -100,7 +100,9 @@ def gemv_cpu(records: Sequence[Record]) -> str:
         peer = _one(records, "gemv_time", "torch-int4", **where)
         ours = _one(records, "gemv_time", "codebook", bits=4, path="int16", **where)
         floor = _one(records, "gemv_time", "read", bits=4, **where)
-        best = min((d for d in dense[1:] if d), key=lambda r: r.value, default=None)
+        if not all(dense):
+            continue
+        best = min(dense[1:], key=lambda r: r.value)
         times = [cited(r) for r in (*dense, peer, ours, floor)]
         rows.append([f"{in_features} x {out_features}", *times, ratio(dense[0], ours), ratio(best, ours)])
     header = ["in x out", "fp32", "bf16", "fp16", "torch int4", "codebook int16", "read only"]
@@ -108,28 +110,32 @@ def gemv_cpu(records: Sequence[Record]) -> str:
 
 
 def decode(records: Sequence[Record]) -> str:
-    """Decode speed and memory by stage, and the speedup over the dense model at the same stage."""
+    """Decode speed and memory by stage, and the speedup over the fastest dense model of the same stage and length."""
     speeds = [r for r in records if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
     rows = []
     for stage in dict.fromkeys(r.config["stage"] for r in speeds):
         at = [r for r in speeds if r.config["stage"] == stage]
-        dense = [r for r in at if r.method != "codebook"]
-        fastest = max(dense, key=lambda r: r.value, default=None)
-        for r in [*dense, *(r for r in at if r.method == "codebook")]:
-            memory = _one(
-                records,
-                "decode_memory",
-                r.method,
-                stage=stage,
-                bits=r.config["bits"],
-                model=r.config["model"],
+        for r in sorted(at, key=lambda r: r.method == "codebook"):
+            same = {k: r.config[k] for k in ("stage", "model", "bits", "new_tokens")}
+            memory = _one(records, "decode_memory", r.method, **same)
+            rivals = [d for d in at if d.method != "codebook" and _as_long(d, r)]
+            gain = (
+                ratio(r, max(rivals, key=lambda d: d.value, default=None)) if r.method == "codebook" else ""
             )
             name = f"{r.config['bits']}-bit codebook" if r.method == "codebook" else r.method
-            gain = ratio(r, fastest) if r.method == "codebook" else ""
+            moved = f"{rec.implied_gbps(r) or 0:.0f}"
             rows.append(
-                [f"{stage}, {name}", cited(r), f"{rec.implied_gbps(r) or 0:.0f}", cited(memory), gain]
+                [f"{stage}, {name}", str(r.config["new_tokens"]), cited(r), moved, cited(memory), gain]
             )
-    return _markdown(["stage, weights", "tok/s", "GB/s", "peak GB", "against the fastest dense"], rows)
+    return _markdown(
+        ["stage, weights", "tokens", "tok/s", "GB/s", "peak GB", "against the fastest dense"], rows
+    )
+
+
+def _as_long(one: Record, other: Record) -> bool:
+    """Whether two decodes are of about the same length, so that their caches are."""
+    lengths = sorted((one.config["new_tokens"], other.config["new_tokens"]))
+    return lengths[1] <= 1.25 * lengths[0]
 
 
 def accuracy(records: Sequence[Record]) -> str:
@@ -206,6 +212,8 @@ def pictures(records: Sequence[Record]) -> dict:
                 four, baseline, title=f"One product against {baseline}, {name}"
             )
         speeds = [r for r in group if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
+        longest = max((r.config["new_tokens"] for r in speeds if r.config["stage"] == "naive"), default=None)
+        speeds = [r for r in speeds if longest and r.config["new_tokens"] <= 1.25 * longest]
         roofs = [r.value for r in group if r.quantity == "read_bandwidth"]
         if speeds and f"decode-{kind}.png" not in made:
             made[f"decode-{kind}.png"] = figures.decode_stages(speeds, max(roofs, default=None))

@@ -177,13 +177,15 @@ def save_records(folder: Path) -> list[Path]:
     """Append the run's records to `data/records/<device>.jsonl`, where the recorded machines are kept.
 
     Returns:
-        the files: one for each device, since a GPU's chapter may measure its host's CPU too.
+        the files: one a machine, since a GPU's chapter may measure its host's CPU too. What belongs to no machine
+        (a kernel compiled for another card) goes with the run's own.
     """
     loaded = records.load(folder / "records.jsonl").records
+    own = read_state(folder)["machine"]["name"]
     by_device: dict[Path, list[records.Record]] = {}
     for record in loaded:
-        target = RECORDS / f"{_slug(record.device.get('name') or 'machine')}.jsonl"
-        by_device.setdefault(target, []).append(record)
+        name = record.device["name"] if record.device.get("memory_bytes") else own
+        by_device.setdefault(RECORDS / f"{_slug(name)}.jsonl", []).append(record)
     for target, found in by_device.items():
         known = {r.id for r in records.load(target).records} if target.exists() else set()
         records.append(target, [r for r in found if r.id not in known])

@@ -53,12 +53,16 @@ def activation_dtype(variant: Variant) -> torch.dtype:
 
 
 def best_16_bit(shape, rounds: int = 5) -> str:
-    """Which of "fp16" and "bf16" this CPU multiplies faster, tried on the model's widest product."""
-    weight = torch.randn(shape.intermediate, shape.hidden)
-    cases = {}
+    """Which of "fp16" and "bf16" this CPU multiplies faster, tried cold on the model's widest product.
+
+    Cold, because out of the cache the order of the two can be the other way round.
+    """
+    copies = timing.copies_for(2 * shape.intermediate * shape.hidden, "cpu", among=2)
+    weight, cases = torch.randn(shape.intermediate, shape.hidden), {}
     for name in ("fp16", "bf16"):
         w, x = weight.to(DTYPES[name]), torch.randn(1, shape.hidden).to(DTYPES[name])
-        cases[name] = [lambda x=x, w=w: F.linear(x, w) for w in (w, w.clone(), w.clone())]
+        distinct = [w, *(w.clone() for _ in range(copies - 1))]
+        cases[name] = [lambda x=x, w=w: F.linear(x, w) for w in distinct]
     times = timing.interleaved_us(cases, rounds)
     return min(times, key=lambda name: timing.Spread.of(times[name]).median)
 

@@ -176,13 +176,18 @@ def _note(figure: go.Figure, x: float, y: float, text: str, up: int) -> None:
 
 
 # Rows of the card: heading, unit, quantity, filters, whether more is better.
+_SQUARE = {"in_features": 4096, "out_features": 4096}
+_GROSS = {"accounting": "gross"}
+_NO_CONTEST = ("read", "no-linears", "dequantize-linear")
+# what a row says, its quantity, config it must have, and whether it is of our codes (True), dense (False) or either
 _CARD = (
-    ("read bandwidth, cold", "read_bandwidth", {"l2": "cold"}),
-    ("GEMV 4096 x 4096, dense", "gemv_time", {"in_features": 4096, "out_features": 4096, "bits": None}),
-    ("GEMV 4096 x 4096, 4-bit codebook", "gemv_time", {"in_features": 4096, "out_features": 4096, "bits": 4}),
-    ("decode, dense", "decode_speed", {"bits": None}),
-    ("decode, 4-bit codebook", "decode_speed", {"bits": 4}),
-    ("energy a token, 4-bit codebook", "energy_per_token", {"bits": 4}),
+    ("read bandwidth, cold", "read_bandwidth", {}, None),
+    ("GEMV 4096 x 4096, dense", "gemv_time", _SQUARE, False),
+    ("GEMV 4096 x 4096, 4-bit codebook", "gemv_time", {**_SQUARE, "bits": 4}, True),
+    ("decode, dense", "decode_speed", {}, False),
+    ("decode, 4-bit codebook", "decode_speed", {"bits": 4}, True),
+    ("energy a token, gross, dense", "energy_per_token", _GROSS, False),
+    ("energy a token, gross, 4-bit codebook", "energy_per_token", {**_GROSS, "bits": 4}, True),
 )
 
 
@@ -194,15 +199,15 @@ def your_machine(here: Sequence[Record], recorded: Sequence[Record], name: str =
         recorded: records of other machines, or of earlier runs.
         name: this machine's name.
     """
-    columns = {f"<b>{name}</b><br>this run": list(here)}
+    groups = {f"<b>{name}</b><br>this run": list(here)}
     for record in recorded:
-        columns.setdefault(f"{device_name(record)}<br>recorded", []).append(record)
-    rows = [[_best(group, quantity, filters) for group in columns.values()] for _, quantity, filters in _CARD]
-    kept = [
-        (row[0], cells) for row, cells in zip(_CARD, rows, strict=True) if any(cell != "-" for cell in cells)
-    ]
-    if not kept:
+        groups.setdefault(f"{device_name(record)}<br>recorded", []).append(record)
+    columns = {heading: [_best(group, *row[1:]) for row in _CARD] for heading, group in groups.items()}
+    columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
+    if not columns:
         return nothing("Your machine beside recorded ones", "Nothing has been measured or recorded yet.")
+    rows = zip(_CARD, zip(*columns.values(), strict=True), strict=True)
+    kept = [(row[0], cells) for row, cells in rows if set(cells) != {"-"}]
     cells = [
         [heading for heading, _ in kept],
         *(list(column) for column in zip(*(c for _, c in kept), strict=True)),
@@ -210,18 +215,24 @@ def your_machine(here: Sequence[Record], recorded: Sequence[Record], name: str =
     figure = new_figure(
         "Your machine beside recorded ones", "best unsuspect measured value; - means not measured"
     )
-    figure.add_trace(_table(["", *columns], cells, ["#ffffff", "#e8f1fa", *["#ffffff"] * (len(columns) - 1)]))
+    figure.add_trace(
+        _table(
+            ["", *columns],
+            cells,
+            ["#ffffff", *("#e8f1fa" if "this run" in c else "#ffffff" for c in columns)],
+        )
+    )
     figure.update_layout(height=150 + 46 * len(kept), margin={"l": 10, "r": 10, "t": 70, "b": 10})
     return figure
 
 
-def _best(records: Sequence[Record], quantity: str, filters: Mapping) -> str:
+def _best(records: Sequence[Record], quantity: str, config: Mapping, ours: bool | None) -> str:
     def fits(r: Record) -> bool:
-        right = r.quantity == quantity and r.kind == "measured" and not r.suspect and r.method != "read"
-        right = right or (quantity == r.quantity == "read_bandwidth" and not r.suspect)
-        ours = filters.get("bits") != 4 or r.method == "codebook"
+        right = r.quantity == quantity and r.kind == "measured" and not r.suspect
         cold = r.config.get("l2", "cold") == "cold"
-        return right and ours and cold and all(r.config.get(k) == v for k, v in filters.items() if k != "l2")
+        side = ours is None or ((r.method == "codebook") is ours and r.method not in _NO_CONTEST)
+        dense = ours is not False or r.config.get("bits", 16) >= 16
+        return right and cold and side and dense and all(r.config.get(k) == v for k, v in config.items())
 
     found = [r for r in records if fits(r)]
     if not found:
