@@ -117,7 +117,7 @@ def decode(records: Sequence[Record]) -> str:
         at = [r for r in speeds if r.config["stage"] == stage]
         for r in sorted(at, key=lambda r: r.method == "codebook"):
             same = {k: r.config[k] for k in ("stage", "model", "bits", "new_tokens")}
-            memory = _one(records, "decode_memory", r.method, **same)
+            held = _one(records, "decode_memory", r.method, **same)
             rivals = [d for d in at if d.method != "codebook" and _as_long(d, r)]
             gain = (
                 ratio(r, max(rivals, key=lambda d: d.value, default=None)) if r.method == "codebook" else ""
@@ -125,7 +125,7 @@ def decode(records: Sequence[Record]) -> str:
             name = f"{r.config['bits']}-bit codebook" if r.method == "codebook" else r.method
             moved = f"{rec.implied_gbps(r) or 0:.0f}"
             rows.append(
-                [f"{stage}, {name}", str(r.config["new_tokens"]), cited(r), moved, cited(memory), gain]
+                [f"{stage}, {name}", str(r.config["new_tokens"]), cited(r), moved, cited(held), gain]
             )
     return _markdown(
         ["stage, weights", "tokens", "tok/s", "GB/s", "peak GB", "against the fastest dense"], rows
