@@ -124,9 +124,7 @@ def decode(records: Sequence[Record]) -> str:
             )
             name = f"{r.config['bits']}-bit codebook" if r.method == "codebook" else r.method
             moved = f"{rec.implied_gbps(r) or 0:.0f}"
-            rows.append(
-                [f"{stage}, {name}", str(r.config["new_tokens"]), cited(r), moved, cited(held), gain]
-            )
+            rows.append([f"{stage}, {name}", str(r.config["new_tokens"]), cited(r), moved, cited(held), gain])
     return _markdown(
         ["stage, weights", "tokens", "tok/s", "GB/s", "peak GB", "against the fastest dense"], rows
     )
@@ -193,6 +191,15 @@ def fill(text: str, records: Sequence[Record]) -> str:
     return _BLOCK.sub(written, text)
 
 
+def _four_bits(records: Sequence[Record]) -> list[Record]:
+    """4-bit and dense products, of the shapes that every dense dtype was timed for."""
+    timed = [r for r in records if r.quantity == "gemv_time"]
+    shapes = {(r.config["in_features"], r.config["out_features"]) for r in timed if r.method == "linear-bf16"}
+    dense = [r for r in timed if r.method.startswith("linear-")]
+    ours = [r for r in timed if r.method == "codebook" and r.config["bits"] == 4]
+    return [r for r in [*dense, *ours] if (r.config["in_features"], r.config["out_features"]) in shapes]
+
+
 def pictures(records: Sequence[Record]) -> dict:
     """The README's pictures: file name -> plotly figure."""
     from trapetum import figures
@@ -200,17 +207,10 @@ def pictures(records: Sequence[Record]) -> dict:
     made = {}
     for name, group in devices(records).items():
         kind = "gpu" if _is_gpu(group) else "cpu"
-        timed = [
-            r
-            for r in group
-            if r.quantity == "gemv_time" and r.method in ("linear-fp16", "linear-fp32", "codebook")
-        ]
-        four = [r for r in timed if r.method != "codebook" or r.config["bits"] == 4]
+        four = _four_bits(group)
         if four and f"speedups-{kind}.png" not in made:
-            baseline = "linear-fp16" if kind == "gpu" else "linear-fp32"
-            made[f"speedups-{kind}.png"] = figures.speedups(
-                four, baseline, title=f"One product against {baseline}, {name}"
-            )
+            title = f"One product against the fastest dense one, {name}"
+            made[f"speedups-{kind}.png"] = figures.speedups(four, figures.FASTEST, title)
         speeds = [r for r in group if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
         longest = max((r.config["new_tokens"] for r in speeds if r.config["stage"] == "naive"), default=None)
         speeds = [r for r in speeds if longest and r.config["new_tokens"] <= 1.25 * longest]
@@ -230,7 +230,8 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     made = pictures(known)
     paths = [PICTURES / name for name in made]
-    plotly.io.write_images(list(made.values()), paths, width=1000, scale=1.5)
+    heights = [figure.layout.height for figure in made.values()]
+    plotly.io.write_images(list(made.values()), paths, width=1000, height=heights, scale=1.5)
     print(f"README.md and {len(paths)} pictures written from {len(known)} records")
 
 

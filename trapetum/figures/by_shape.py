@@ -130,7 +130,11 @@ def speedups(
     figure.update_xaxes(categoryorder="array", categoryarray=shapes)
     figure.update_xaxes(title="in x out features, smallest first", row=len(states))
     figure.update_layout(height=160 + 300 * len(states), margin_t=100)
-    return add_key(figure, [p.record for p in made])
+    crowded = len(shapes) > 8  # then the labels lean, and need room above the legend
+    if crowded:
+        figure.update_xaxes(tickangle=-35)
+        figure.update_layout(height=220 + 300 * len(states), margin_b=170)
+    return add_key(figure, [p.record for p in made], 120 if crowded else 60)
 
 
 def _weights(shape: str) -> int:
@@ -148,6 +152,7 @@ def _speedup_panel(figure: go.Figure, row: int, made: Sequence[Pair], shapes: Se
         rs = [p.record for p in group]
         tint = colour(method_of(rs[0]), rs[0].config.get("bits"))
         more = {"legendgroup": name, "showlegend": row == 1, "line": {"color": tint, "width": 1.5}}
+        more["line"]["dash"] = "dot" if rs[0].config.get("chain") == "pdl" else "solid"
         x, y = [shape_of(r) for r in rs], [p.speedup for p in group]
         trace = points(rs, x, y, name, tint, size=9, **more)
         figure.add_trace(trace.update(mode="lines+markers", text=[_words(p) for p in group]), row, 1)
