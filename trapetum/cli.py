@@ -45,7 +45,8 @@ def _one_sentence(command: Callable) -> Callable:
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             if os.environ.get("TRAPETUM_TRACEBACK"):
                 raise
-            typer.echo(f"trapetum: {str(error).strip().splitlines()[0] if str(error) else error!r}", err=True)
+            sentence = (str(error).strip() or repr(error)).splitlines()[0]
+            typer.echo(f"trapetum: {sentence}", err=True)
             raise typer.Exit(2) from error
 
     return guarded
