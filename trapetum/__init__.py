@@ -1,15 +1,19 @@
 """Trapetum: measure why batch-1 LLM decode is memory-bound, and what 4-bit codebook weights buy.
 
-Modules from the bottom up; each imports only from the ones above it in this list.
+`import trapetum` is cheap (no torch) and makes `AutoModelForCausalLM.from_pretrained` understand the directories that
+`trapetum quantize` writes.
 
-    paths, build                                              where things are; compile and cache kernels
+The modules from the bottom up; a line imports only from itself and the lines above it:
+
+    paths, build, launch                                      where things are; compile, cache and launch kernels
     hardware, shapes, law, pareto, records, machine           facts and formulas; none needs torch
-    formats, kmeans, quantizers                               codebook weights and how their values are chosen
-    launch, cuda, cpu, cpu_layout, ops                        the kernels and the torch operator over them
-    linear, swap, projection, checkpoint, models, hf          models with codebook layers: make, save, load
-    llama_step, decoders, decode                              one token after another, stage by stage
-    stdlib, text, training_text, pretraining, builtin         texts, and the model trained on them
-    perplexity, timing, energy, bench, waterfall              measurements, and records made of them
+    formats, cuda, cpu, cpu_layout, ops                       codebook weights, kernels, the torch operator over them
+    kmeans, quantizers                                        how the values of a codebook are chosen
+    linear, swap, checkpoint, models, hf, register            models with codebook layers: make, save, load
+    projection, llama_step, decoders, decode                  one token after another, stage by stage
+    perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
+      trained, builtin                                        model trained on them
+    timing, energy, bench, waterfall                          measurements, and records made of them
     figures, widgets, workbook, claims                        what a notebook shows
     html, report, readme, verify, generation, cli             the report, the README and the command
 """
