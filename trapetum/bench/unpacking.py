@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from trapetum import cpu, cuda, timing
 from trapetum.bench.multiply import methods_on
-from trapetum.bench.products import N_CODES, NotPossible, Product, build
+from trapetum.bench.products import N_CODES, NotPossible, Product, build, copies_of, expand_and_multiply
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
 from trapetum.build import source_sha256
@@ -54,10 +53,11 @@ def _dequant_one(recorder: Recorder, shape: tuple[int, int], bits: int) -> None:
     cache = recorder.rotation_cache_bytes if device == "cpu" else recorder.cache_bytes or None
     few = timing.copies_for(product.weight_bytes + dense_bytes, device, cache)  # each with its dense tensor
     copies = timing.copies_for(product.weight_bytes, device, cache)
-    sets = [product.tensors, *(tuple(t.clone() for t in product.tensors) for _ in range(copies - 1))]
-    expand_and_multiply = _expand_and_multiply(product, shape, bits, dtype)
+    sets = copies_of(product.tensors, copies)
+    row = torch.randn(1, shape[0], device=device).to(dtype)
+    multiply = expand_and_multiply(*shape, bits, device)
     calls = {
-        "dequantize-linear": [expand_and_multiply(*s) for s in sets],
+        "dequantize-linear": [multiply(row, *s) for s in sets],
         "codebook": [product.bind(*s) for s in sets],
     }
     for variant in VARIANTS[device]:
@@ -105,15 +105,6 @@ def _expand(shape, bits: int, dtype, variant: str):
         return lambda: cpu.dequantize(w, c, shape[0], bits, dtype, out=out)
 
     return bind
-
-
-def _expand_and_multiply(product: Product, shape, bits: int, dtype):
-    device = product.tensors[0].device
-    row = torch.randn(1, shape[0], device=device).to(dtype)
-    out = torch.empty(shape[1], shape[0], dtype=dtype, device=device)  # one scratch matrix, as a model would
-    if device.type == "cpu":
-        return lambda w, c: lambda: F.linear(row, cpu.dequantize(w, c, shape[0], bits, dtype, out=out))
-    return lambda w, c: lambda: F.linear(row, cuda.dequantize(w, c, shape[0], bits, dtype, "tiled", out))
 
 
 def _threads_config(chosen: int) -> dict:
