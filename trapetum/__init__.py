@@ -5,7 +5,7 @@
 
 The modules from the bottom up; a line imports only from itself and the lines above it:
 
-    paths, build, launch                                      where things are; compile, cache and launch kernels
+    paths, kernel_cache, build, plans, launch                 where things are; compile, cache and launch kernels
     hardware, shapes, law, pareto, records, machine           facts and formulas; none needs torch
     formats, cuda, cpu, cpu_layout, ops                       codebook weights, kernels, the torch operator over them
     kmeans, quantizers                                        how the values of a codebook are chosen
@@ -13,7 +13,7 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     projection, llama_step, decoders, decode                  one token after another, stage by stage
     perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
       trained, builtin                                        model trained on them
-    timing, energy, bench, waterfall                          measurements, and records made of them
+    timing, tuning, energy, bench, waterfall                  measurements, and records made of them
     figures, widgets, workbook, claims                        what a notebook shows
     html, report, readme, verify, generation, cli             the report, the README and the command
 """

@@ -261,6 +261,31 @@ def decode(
     _print_records(found, json_output, save)
 
 
+# Tuning
+
+
+@_command(app, "trapetum tune --shape 4096x4096 --bits 4 --rows 1")
+def tune(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="IN x OUT, e.g. 4096x11008; may be repeated.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="All matrices of a model shape, e.g. llama-2-7b.")] = None,
+    bits: Bits = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of x; may be repeated.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Find the fastest launch shape of each product on this GPU and keep it for later runs."""
+    from trapetum import shapes, tuning
+
+    wanted = [_shape(s) for s in shape or ()]
+    if model:
+        wanted += tuning.shapes_of(shapes.model(model))
+    say = (lambda line: None) if json_output else typer.echo
+    found = tuning.tune_cuda(wanted or shapes.GEMV_SHAPES, bits or (4,), rows or (1,), say)
+    if json_output:
+        typer.echo(json.dumps([asdict(tuned) for tuned in found], indent=1))
+
+
 # Models
 
 
