@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,35 @@ def test_the_matrices_of_a_model_are_alone_and_fused():
     assert len(found) == len(set(found)) == 6
 
 
+def test_winners_are_stored_under_the_key_that_the_kernel_looks_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAPETUM_CACHE", str(tmp_path))
+    plans.forget()
+    fakes = {
+        "why_not": lambda: "",
+        "plan_for": lambda out_features, bits, sms, rows: Plan(sms),
+        "candidates": lambda in_features, out_features, bits, rows, sms: [Plan(16), Plan(sms)],
+        "plan_key": lambda device, *sizes: plans.Key(f"card {device}", "sha", *sizes),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(cuda, name, fake, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    properties = SimpleNamespace(multi_processor_count=32)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    fast = {32: steady(10.0), 16: steady(9.0)}
+    monkeypatch.setattr(tuning, "CudaProduct", lambda case: Made(fast))
+    assert (
+        len(tuning.tune_cuda([(64, 96), (64, 96)], (4, 2), (1, 3))) == 4
+    )  # a shape given twice is tuned once
+    plans.forget()
+    assert plans.load_as(Plan, plans.Key("card 1", "sha", 64, 96, 2, 3)) == Plan(16)
+    fast[16] = steady(11.0)  # another day the default is the fastest: the old winner goes
+    tuning.tune_cuda([(64, 96)], (2,), (3,))
+    plans.forget()
+    assert plans.load(plans.Key("card 1", "sha", 64, 96, 2, 3)) is None
+    assert plans.load(plans.Key("card 1", "sha", 64, 96, 4, 1)) == {"warps": 16, "ahead": 1}
+    plans.forget()
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +214,7 @@ def test_tuning_on_a_gpu_ends_in_a_plan_that_is_used(tmp_path, monkeypatch, rows
     if found.plan:
         assert torch.equal(product.output(None), product.output(found.plan))
         again = [timing.Spread.of(product.time_us(plan)).median for plan in (None, found.plan)]
-        assert again[0] == pytest.approx(again[1], rel=0.05)
+        assert again[0] == pytest.approx(again[1], rel=0.1)
     plans.forget()
 
 
