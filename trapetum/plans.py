@@ -1,8 +1,8 @@
 """Launch shapes that were tuned on this machine, kept on disk beside the compiled kernels. No torch.
 
 A plan is a few small integers (or truths) by name, such as {"warps": 16, "ahead": 2}; what they mean is the kernel's
-business. One JSON file a device holds the plans of all its shapes. A file that cannot be used is said once and then as good as empty:
-the kernel's default launch shapes are used.
+business. One JSON file a device holds the plans of all its shapes. A file that cannot be used is said once and then as
+good as empty: the kernel's default launch shapes are used.
 """
 
 import fcntl
