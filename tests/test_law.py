@@ -143,6 +143,15 @@ def test_leave_one_out_predicts_points_on_the_line_and_shows_the_one_off_it():
             "each of the 2 points needs at least one sample",
         ),
         (lambda: law.leave_one_out([1e6, 2e6], [1.0, 2.0]), "at least three points; got 2"),
+        (
+            lambda: law.leave_one_out([1e6, 2e6, 3e6], [1, 2, 3], "ab"),
+            "each of the 3 points needs one group; got 2",
+        ),
+        (lambda: law.leave_one_out([1e6, 2e6, 3e6], [1, 2, 3], "aab"), "at least three points; got 2"),
+        (lambda: law.shift([1e6, 2e6], [1.0, 2.0], [2.0, 1.0]), "the times do not grow with the bytes"),
+        (lambda: law.shift([1e6, 2e6], [1.0, 2.0], [1.0]), "each size needs one time"),
+        (lambda: law.memory_share(1, 1, 1), r"read equally fast \(ratio 1\)"),
+        (lambda: law.memory_share(0, 1, 1.4), "first_us must be above zero, not 0"),
         (lambda: law.codebook_bytes(64, 64, 4, 17), "17 codes do not fit in 4 bits; at most 16 do"),
         (lambda: law.codebook_bytes(0, 64, 4), "in_features must be above zero, not 0"),
         (lambda: law.gemv_bytes(64, 64, "int5"), "weight format 'int5' is unknown; give one of fp32"),
@@ -155,10 +164,59 @@ def test_what_cannot_be_computed_is_refused(call, words):
         call()
 
 
-def test_time_shares_add_up_and_a_negative_fixed_time_is_none():
-    fixed, memory, rest = law.time_shares(8e6, 10.0, 2.0, 2000)
-    assert (fixed, memory, rest) == pytest.approx((0.2, 0.4, 0.4))
-    assert law.time_shares(8e6, 10.0, -2.0, 2000)[0] == 0
+def test_a_group_is_left_out_as_a_whole():
+    sizes, times = [2e6, 2e6, 8e6, 2.2e7, 4.5e7], [*made(3, 2500, [2e6, 2e6, 8e6, 2.2e7, 4.5e7])]
+    times[0] *= 2
+    alone, together = (
+        law.leave_one_out(sizes, times, groups) for groups in (None, ["a", "a", "b", "c", "d"])
+    )
+    assert together[1][1] == pytest.approx(times[1]), "its doubled twin did not teach the fit"
+    assert alone[1][1] > 1.1 * times[1]
+
+
+def noisy(t0_us, bandwidth_gbps, rng, noise=0.01):
+    samples = [(t * rng.normal(1, noise, 15)).tolist() for t in made(t0_us, bandwidth_gbps)]
+    return [float(np.median(x)) for x in samples], samples
+
+
+def shifted(first, second):
+    return law.shift(SIZES, first[0], second[0], first[1], second[1], n_boot=300)
+
+
+def test_a_shift_finds_what_moved_between_two_devices():
+    rng = np.random.default_rng(5)
+    first = noisy(3, 2800, rng)
+    faster, slower_launch, same = noisy(3, 2800 * 1.435, rng), noisy(5, 2800, rng), noisy(3, 2800, rng)
+    assert shifted(first, faster).ratio == pytest.approx(1.435, rel=0.03)
+    assert shifted(first, faster).t0_agrees and shifted(first, faster).moved(1.435) == "as"
+    assert shifted(first, same).moved(1.435) == "less" and shifted(first, same).moved(0.7) == "more"
+    moved = shifted(first, slower_launch)
+    assert moved.t0_us == pytest.approx(2, abs=0.2) and not moved.t0_agrees
+    assert moved.t0_interval[0] <= moved.t0_us <= moved.t0_interval[1] and moved.n == len(SIZES)
+    assert shifted(first, faster) == shifted(first, faster)
+
+
+def test_what_a_shape_does_to_both_devices_cancels_in_their_shift():
+    quirks = np.array([1.3, 0.8, 1.15, 0.9, 1.05, 1.0])
+    first, second = (np.array(made(3, gbps)) * quirks for gbps in (2800, 2800 * 1.435))
+    found = law.shift(SIZES, first, second)
+    width = found.ratio_interval[1] / found.ratio_interval[0]
+    own = law.fit(SIZES, first).bandwidth_interval
+    assert width - 1 < 0.3 * (own[1] / own[0] - 1)
+
+
+def test_differences_below_the_margins_are_none():
+    close = law.Shift(0.05, 1.44, (0.04, 0.06), (1.438, 1.445), 14)
+    assert close.t0_agrees and close.moved(1.435) == "as"
+    far = law.Shift(0.5, 1.5, (0.4, 0.6), (1.49, 1.52), 14)
+    assert not far.t0_agrees and far.moved(1.435) == "more"
+
+
+def test_the_share_that_shrank_with_the_memory():
+    assert law.memory_share(162, 162 / 1.435, 1.435) == pytest.approx(1)
+    assert law.memory_share(60, 60, 1.435) == 0
+    assert law.memory_share(2 + 40, 2 + 40 / 1.5, 1.5) == pytest.approx(40 / 42)
+    assert law.memory_share(60, 61, 1.435) < 0
 
 
 def test_an_h100_needs_many_weights_a_clock():

@@ -15,6 +15,10 @@ _ACTIVATION_BYTES = 2  # x and y of a GEMV are 16-bit unless told otherwise
 _CODE_BYTES = 2  # codebook entries are fp16
 _BYTES_PER_US_OF_GBPS = 1e3  # 1 GB/s = 1e3 bytes a microsecond
 
+# Between two devices a difference below these counts as none.
+SAME_T0_US = 0.1
+SAME_RATIO = 0.02
+
 # Stored bits of a dense weight; "codebook-4" and its like are parsed.
 _DENSE_BITS = {"fp32": 32, "tf32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8}
 
@@ -141,20 +145,6 @@ def mbu(nbytes: float, time_us: float, bandwidth_gbps: float) -> float:
     return gbps(nbytes, time_us) / bandwidth_gbps
 
 
-def time_shares(
-    nbytes: float, time_us: float, t0_us: float, bandwidth_gbps: float
-) -> tuple[float, float, float]:
-    """Where the time of one product went: its fixed time, its bytes at `bandwidth_gbps`, and the rest, as shares of 1.
-
-    The rest is work per weight, latency, or a memory that was slower just then; negative when bytes came from a cache.
-    A negative `t0_us` (a fit may give one) counts as zero.
-    """
-    _positive(time_us=time_us)
-    fixed = max(t0_us, 0.0) / time_us
-    memory = floor_us(nbytes, bandwidth_gbps) / time_us
-    return fixed, memory, 1 - fixed - memory
-
-
 def weights_per_clock(bits: float, bandwidth_gbps: float, sms: int, clock_ghz: float) -> float:
     """Weights that each SM must decode and multiply a clock to keep up with memory: 26 on an H100 SXM at 4 bits.
 
@@ -227,17 +217,33 @@ def _lines(sizes: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return mean_time[..., 0] - slopes * mean_size[..., 0], slopes
 
 
-def _resampled(times: np.ndarray, samples, n_boot: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of resampled points [n_boot, n], and for each a time [n_boot, n] resampled from its repeats."""
-    picked = rng.integers(0, len(times), size=(n_boot, len(times)))
-    if samples is None:
-        return picked, times[picked]
-    drawn = np.empty((n_boot, len(times)))
-    for point, repeats in enumerate(samples):
+def _picked(n: int, n_boot: int, rng) -> np.ndarray:
+    """Indices of resampled points [n_boot, n]."""
+    return rng.integers(0, n, size=(n_boot, n))
+
+
+def _drawn(times: np.ndarray, samples, n_boot: int, rng) -> np.ndarray:
+    """For each draw a time of each point [n_boot, n]: the median of its resampled repeats, if there are any."""
+    drawn = np.tile(times, (n_boot, 1))
+    for point, repeats in enumerate(() if samples is None else samples):
         repeats = np.asarray(repeats, dtype=float)
         chosen = repeats[rng.integers(0, len(repeats), size=(n_boot, len(repeats)))]
         drawn[:, point] = np.median(chosen, axis=1)
-    return picked, np.take_along_axis(drawn, picked, axis=1)
+    return drawn
+
+
+def _line(sizes: np.ndarray, times: np.ndarray) -> tuple[float, float]:
+    t0, slope = (float(x) for x in _lines(sizes, times))
+    if not slope > 0:
+        raise ValueError(
+            f"the times do not grow with the bytes (slope {slope:.3g} us a byte): nothing to fit."
+        )
+    return t0, slope
+
+
+def _check_samples(samples, n: int) -> None:
+    if samples is not None and (len(samples) != n or any(len(repeats) == 0 for repeats in samples)):
+        raise ValueError(f"each of the {n} points needs at least one sample.")
 
 
 def _interval(values: np.ndarray, at_least: float) -> tuple[float, float]:
@@ -270,15 +276,11 @@ def fit(
             that do not grow with the bytes (then there is no bandwidth to speak of).
     """
     sizes, times = _checked(nbytes, times_us)
-    if samples is not None and (len(samples) != len(sizes) or any(len(repeats) == 0 for repeats in samples)):
-        raise ValueError(f"each of the {len(sizes)} points needs at least one sample.")
-    t0, slope = (float(x) for x in _lines(sizes, times))
-    if not slope > 0:
-        raise ValueError(
-            f"the times do not grow with the bytes (slope {slope:.3g} us a byte): nothing to fit."
-        )
-    picked, drawn = _resampled(times, samples, n_boot, np.random.default_rng(seed))
-    t0s, slopes = _lines(sizes[picked], drawn)
+    _check_samples(samples, len(sizes))
+    t0, slope = _line(sizes, times)
+    rng = np.random.default_rng(seed)
+    picked, drawn = _picked(len(sizes), n_boot, rng), _drawn(times, samples, n_boot, rng)
+    t0s, slopes = _lines(sizes[picked], np.take_along_axis(drawn, picked, axis=1))
     good = np.isfinite(slopes) & (slopes > 0)
     bandwidth = 1 / (slope * _BYTES_PER_US_OF_GBPS)
     return Fit(
@@ -293,18 +295,120 @@ def fit(
     )
 
 
-def leave_one_out(nbytes: Sequence[float], times_us: Sequence[float]) -> list[tuple[float, float]]:
+def leave_one_out(
+    nbytes: Sequence[float], times_us: Sequence[float], groups: Sequence | None = None
+) -> list[tuple[float, float]]:
     """For each point its measured time and the one predicted by a fit to all the others, in microseconds.
 
+    Args:
+        nbytes, times_us: as for `fit`.
+        groups: what is left out together, one label a point (the shape, where several points have the same one);
+            None leaves out single points.
+
     Raises:
-        ValueError: fewer than three points, or the others of some point cannot be fitted.
+        ValueError: fewer than three points or groups, or the others of some point cannot be fitted.
     """
     sizes, times = _checked(nbytes, times_us)
-    if len(sizes) < 3:
-        raise ValueError(f"leaving one out needs at least three points; got {len(sizes)}.")
+    groups = list(range(len(sizes))) if groups is None else list(groups)
+    if len(groups) != len(sizes):
+        raise ValueError(f"each of the {len(sizes)} points needs one group; got {len(groups)}.")
+    if len(set(groups)) < 3:
+        raise ValueError(f"leaving one out needs at least three points; got {len(set(groups))}.")
     found = []
-    for left_out in range(len(sizes)):
-        others = np.arange(len(sizes)) != left_out
+    for size, time, group in zip(sizes, times, groups, strict=True):
+        others = np.array([other != group for other in groups])
         law = fit(sizes[others], times[others], n_boot=1)
-        found.append((float(times[left_out]), float(law.predict(sizes[left_out]))))
+        found.append((float(time), float(law.predict(size))))
     return found
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How the law of one method moves from one device to another, fitted on the same sizes.
+
+    Attributes:
+        t0_us: fixed time on the second device less that on the first.
+        ratio: bandwidth on the second device over that on the first.
+        t0_interval, ratio_interval: 95 % bootstrap intervals.
+        n: how many sizes both devices have.
+    """
+
+    t0_us: float
+    ratio: float
+    t0_interval: tuple[float, float]
+    ratio_interval: tuple[float, float]
+    n: int
+
+    @property
+    def t0_agrees(self) -> bool:
+        """Whether the interval of the difference comes within 0.1 us of zero."""
+        return self.t0_interval[0] - SAME_T0_US <= 0 <= self.t0_interval[1] + SAME_T0_US
+
+    def moved(self, ratio: float) -> str:
+        """`as` when the interval of the bandwidths' ratio comes within 2 % of `ratio`, else `less` or `more`."""
+        low, high = self.ratio_interval
+        margin = SAME_RATIO * ratio
+        return "less" if high < ratio - margin else "more" if low > ratio + margin else "as"
+
+
+def shift(
+    nbytes: Sequence[float],
+    first_us: Sequence[float],
+    second_us: Sequence[float],
+    first_samples: Sequence[Sequence[float]] | None = None,
+    second_samples: Sequence[Sequence[float]] | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Shift:
+    """Fit the law on two devices and compare, with intervals from a bootstrap that draws the same sizes for both.
+
+    What a size does to both devices alike (its number of blocks, its row length) cancels in the differences, so these
+    intervals are narrower than the two fits' own; like theirs, they are too narrow with under about six sizes.
+
+    Args:
+        nbytes: bytes moved, one a point, the same on both devices.
+        first_us, second_us: median times on the first and the second device, in microseconds.
+        first_samples, second_samples: the repeats behind them.
+        n_boot, seed: as for `fit`.
+
+    Raises:
+        ValueError: as `fit`, for either device.
+    """
+    (sizes, first), (_, second) = _checked(nbytes, first_us), _checked(nbytes, second_us)
+    for samples in (first_samples, second_samples):
+        _check_samples(samples, len(sizes))
+    (t0_a, slope_a), (t0_b, slope_b) = _line(sizes, first), _line(sizes, second)
+    rng = np.random.default_rng(seed)
+    picked = _picked(len(sizes), n_boot, rng)
+    drawn = [_drawn(first, first_samples, n_boot, rng), _drawn(second, second_samples, n_boot, rng)]
+    (t0s_a, slopes_a), (t0s_b, slopes_b) = (
+        _lines(sizes[picked], np.take_along_axis(times, picked, axis=1)) for times in drawn
+    )
+    good = np.isfinite(slopes_a) & np.isfinite(slopes_b) & (slopes_a > 0) & (slopes_b > 0)
+    t0, ratio = t0_b - t0_a, slope_a / slope_b
+    return Shift(
+        t0_us=t0,
+        ratio=ratio,
+        t0_interval=_interval(np.append((t0s_b - t0s_a)[good], t0), t0),
+        ratio_interval=_interval(np.append(slopes_a[good] / slopes_b[good], ratio), ratio),
+        n=len(sizes),
+    )
+
+
+def memory_share(first_us: float, second_us: float, ratio: float) -> float:
+    """The share of the time on the first device that shrank with the memory of the second: 1 is all of it, 0 none.
+
+    Of `T = fixed + memory` on the first device and `fixed + memory / ratio` on the second it is `memory / T`. It holds for
+    two devices that differ in their memory alone; above 1, or below 0, something else differed too, or noise did.
+
+    Args:
+        first_us, second_us: times of the same product.
+        ratio: the second device's read bandwidth over the first's.
+
+    Raises:
+        ValueError: a value is not above zero, or the ratio is 1 (nothing to compare).
+    """
+    _positive(first_us=first_us, second_us=second_us, ratio=ratio)
+    if ratio == 1:
+        raise ValueError("the two devices read equally fast (ratio 1): nothing can be told from them.")
+    return (1 - second_us / first_us) / (1 - 1 / ratio)

@@ -7,7 +7,14 @@ from trapetum.figures.ceilings import ceilings, roofline, your_machine
 from trapetum.figures.claims import claims
 from trapetum.figures.decode import decode_stages, waterfall
 from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energy_bars
-from trapetum.figures.law import law_fit, predicted_vs_measured
+from trapetum.figures.law import (
+    four_terms,
+    law_fit,
+    laws_by_method,
+    left_out_errors,
+    method_and_shape,
+    predicted_vs_measured,
+)
 from trapetum.figures.pareto import pareto
 from trapetum.figures.pareto_state import on_front
 from trapetum.figures.speed import dequantize_or_fuse, ladder, shape_of
@@ -32,12 +39,16 @@ __all__ = [
     "dequantize_or_fuse",
     "energy_bars",
     "fastest",
+    "four_terms",
     "groups",
     "label_of",
     "ladder",
     "law_fit",
+    "laws_by_method",
+    "left_out_errors",
     "losers_map",
     "losses",
+    "method_and_shape",
     "on_front",
     "pairs",
     "pick",
