@@ -33,7 +33,7 @@ def source_text(name: str) -> str:
     require_clone()
     path = KERNELS / name
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in KERNELS.glob("*.c*")))
+        known = ", ".join(sorted(str(p.relative_to(KERNELS)) for p in KERNELS.rglob("*.c*")))
         raise BuildError(f"no kernel source named {name!r} in {KERNELS}; there are: {known}")
     text = path.read_text()
     return text + "".join(source_text(included) for included in _INCLUDE.findall(text))

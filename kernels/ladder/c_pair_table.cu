@@ -1,0 +1,92 @@
+// Rung c of the ladder: one lookup for two weights.
+//
+//     y[o] = sum_i codebook[o, code[o, i]] * x[i]          4-bit codes, 16 values a channel
+//
+// Layout: as in rung b, a lane a channel, 32 inputs a lane and load:
+//
+//     codes[out/32][in/32][32 lanes][16 bytes]             a byte = code 2i + 1 << 4 | code 2i
+//
+// Pair table, in shared memory, made by the block from the 16 values of each of its channels:
+//
+//     table[256 bytes][32 lanes] of half2                  table[b][lane] = (value[b & 15], value[b >> 4]) of that channel
+//
+// 32 KiB. The bank is the lane, so a lookup never conflicts, whatever the codes are. A read of 4 bytes costs what it
+// cost in rung b, and brings two exact fp16 weights in place of one.
+//
+// Changed since rung b: the table. A byte is looked up whole: half the shifts, masks and reads. Each weight still becomes
+// fp32 before it is multiplied, and sums are fp32.
+//
+// Bytes moved per output: in/2 of codes, 32 of codebook, 2 of y; x once a block, mostly from L2.
+
+#include <cuda_fp16.h>
+
+constexpr int LANES = 32, STEP = 32, CODES = 16, WARPS = 32;
+
+// Weights are read once: keep them out of L1.
+__device__ __forceinline__ uint4 load_once(const uint4* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+
+// The pair that byte k of `word` names; `table` is the shared address of this lane's column, an entry every 128 bytes.
+__device__ __forceinline__ __half2 look_up(unsigned word, int k, unsigned table) {
+    const unsigned row = (k == 0 ? word << 7 : word >> (8 * k - 7)) & 0x7f80;
+    unsigned pair;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(table + row));
+    return *reinterpret_cast<__half2*>(&pair);
+}
+
+// Eight weights of one word.
+__device__ __forceinline__ void multiply_word(unsigned word, unsigned table, uint4 eight_x, float& sum) {
+    const __half2* x = reinterpret_cast<const __half2*>(&eight_x);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const float2 weights = __half22float2(look_up(word, k, table)), inputs = __half22float2(x[k]);
+        sum = fmaf(weights.x, inputs.x, sum);
+        sum = fmaf(weights.y, inputs.y, sum);
+    }
+}
+
+// codes     [out/32][in/32][32] of 16 bytes, as pictured above
+// codebook  fp16 [out_features, 16]
+// x         fp16 [in_features]; y fp16 [out_features]
+// grid      ceil(out_features / 32) blocks of (32, warps) threads
+// shared    32 KiB of table, and 2 bytes for each input, padded to 32
+extern "C" __global__ void __launch_bounds__(LANES * WARPS)
+ladder_c_pair_table(const uint4* __restrict__ codes, const __half* __restrict__ codebook, const __half* __restrict__ x,
+                    __half* __restrict__ y, int in_features, int out_features) {
+    extern __shared__ __align__(16) char shared[];
+    __shared__ float partial[WARPS][LANES];
+    __half2* table = reinterpret_cast<__half2*>(shared);  // [pair][lane]
+    __half* staged = reinterpret_cast<__half*>(table + CODES * CODES * LANES);
+    const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+    const int channel = blockIdx.x * LANES + lane, steps = (in_features + STEP - 1) / STEP;
+    const __half* entries = codebook + (size_t)min(channel, out_features - 1) * CODES;
+    for (int high = warp; high < CODES; high += warps)
+        for (int low = 0; low < CODES; low++)
+            table[(high * CODES + low) * LANES + lane] = __halves2half2(entries[low], entries[high]);
+    for (int i = warp * LANES + lane; i < steps * STEP; i += warps * LANES) staged[i] = i < in_features ? x[i] : __half(0.f);
+    __syncthreads();
+
+    const unsigned own_table = (unsigned)__cvta_generic_to_shared(shared) + 4 * lane;
+    const uint4* column = codes + (size_t)blockIdx.x * steps * LANES + lane;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int step = warp; step < steps; step += warps) {
+        const uint4 code = load_once(column + step * LANES);
+        const uint4* at = reinterpret_cast<const uint4*>(staged + step * STEP);
+        multiply_word(code.x, own_table, at[0], sum);
+        multiply_word(code.y, own_table, at[1], sum);
+        multiply_word(code.z, own_table, at[2], sum);
+        multiply_word(code.w, own_table, at[3], sum);
+    }
+    partial[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && channel < out_features) {
+        float total = 0.f;
+        for (int w = 0; w < warps; w++) total += partial[w][lane];
+        y[channel] = __float2half_rn(total);
+    }
+}
