@@ -112,7 +112,7 @@ RUNGS = (
     Rung(
         PRODUCT,
         "sums on tensor cores, and a lookup's address from one byte-permute",
-        "a tensor-core instruction does the work of four multiply-adds and eight conversions, with exact fp32 sums",
+        "a tensor-core instruction does the work of four multiply-adds and eight conversions, and sums in fp32",
         chains=("alone", "pdl"),
     ),
 )

@@ -5,12 +5,14 @@ recording    from samples to gated records
 reading      read bandwidth
 products     the ways to compute y = W x          multiply    their times
 unpacking    dequantize; all products of a token
+ladder       the numbered GPU kernels, and their instructions per weight
 variants     one model in several weights         generating  decode speed, memory, energy
 accuracy     perplexity and weight error
 """
 
 from trapetum.bench.accuracy import perplexity, weight_error
 from trapetum.bench.generating import decode, energy
+from trapetum.bench.ladder import ladder, ladder_instructions
 from trapetum.bench.multiply import gemv, methods_on
 from trapetum.bench.profiles import PROFILES, Sizes, sizes
 from trapetum.bench.reading import bandwidth
@@ -25,6 +27,8 @@ __all__ = [
     "energy",
     "gemv",
     "gemv_chain",
+    "ladder",
+    "ladder_instructions",
     "methods_on",
     "perplexity",
     "sizes",

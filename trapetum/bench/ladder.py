@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from trapetum import cuda, timing
-from trapetum.bench.multiply import cold_doubt
+from trapetum.bench import multiply
 from trapetum.bench.products import Product
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
@@ -115,7 +115,7 @@ def _add_error(recorder: Recorder, product: Product, shape) -> None:
 
 def _time(recorder: Recorder, product: Product, shape) -> None:
     copies = timing.copies_for(product.weight_bytes, "cuda", recorder.cache_bytes or None)
-    doubt = cold_doubt(product.weight_bytes * copies, recorder.cache_bytes, "cold")
+    doubt = multiply.cold_doubt(product.weight_bytes * copies, recorder.cache_bytes, "cold")
     moved = product.weight_bytes + product.io_bytes
     for chain in product.chains:
         calls = product.calls(copies, **({"pdl": True} if chain == "pdl" else {}))

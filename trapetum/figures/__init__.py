@@ -7,6 +7,7 @@ from trapetum.figures.ceilings import ceilings, roofline, your_machine
 from trapetum.figures.claims import claims
 from trapetum.figures.decode import decode_stages, waterfall
 from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energy_bars
+from trapetum.figures.ladder import rungs, rungs_in_words
 from trapetum.figures.law import (
     four_terms,
     law_fit,
@@ -56,6 +57,8 @@ __all__ = [
     "perplexity_by_bits",
     "predicted_vs_measured",
     "roofline",
+    "rungs",
+    "rungs_in_words",
     "shape_of",
     "speed_bound",
     "speed_by_bytes",
