@@ -9,7 +9,7 @@ from trapetum import bench, build, cuda, disassembly, figures, ladder, records
 from trapetum.figures import style
 
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90")
-SHAPES = [(1, 1), (33, 127), (100, 1000), (4096, 4096)]
+SHAPES = [(1, 1), (33, 127), (100, 1000), (40, 8192), (4096, 4096)]
 OWN = [rung for rung in ladder.ALL if rung.name != ladder.PRODUCT]
 each_rung = pytest.mark.parametrize("rung", ladder.ALL, ids=lambda rung: rung.name)
 each_own = pytest.mark.parametrize("rung", OWN, ids=lambda rung: rung.name)
@@ -74,6 +74,10 @@ def test_shared_memory_is_table_and_x():
     assert of["c_pair_table"] == of["d_mixed_sums"] == 32768 + 2 * 1024
     assert of["e_two_columns"] == of["f_pdl"] == 65536 + 2 * 1024
     assert of["dead_atomics"] == 32768 + 2 * 256
+    # 32 KiB of table and 16 KiB of x are 48 KiB, and the sums of the warps come on top
+    rung = ladder.find("d_mixed_sums")
+    assert ladder.shared_bytes(rung, 8192) > 49152 and ladder.shared_bytes(rung, 4096) == 32768 + 8192
+    assert ladder.shared_bytes(rung, 16384) == 65536
 
 
 def test_x_on_the_cpu_is_refused():

@@ -17,6 +17,7 @@ BITS, N_CODES = 4, 16
 LANES, STEP = 32, 32  # channels a tile, and inputs that a lane takes with one load
 PARTS = 4  # blocks that share a tile's inputs in dead_atomics
 _PAIR_TABLE = N_CODES * N_CODES * LANES * 4  # bytes
+_UNASKED = 48 * 1024  # bytes of shared memory that every launch may have
 _STATIC_SHARED = 8192  # of a rung's shared memory, at most: the sums of the warps
 
 ROW_LOADS = r"^LDG\.E\.U8\b"  # loads of codes in a disassembly: a byte of a row ...
@@ -166,12 +167,17 @@ def pack(indices: Tensor, rung: Rung) -> Tensor:
 
 
 def shared_bytes(rung: Rung, in_features: int) -> int:
-    """Dynamic shared memory of one block, in bytes: the table and the staged x."""
+    """Dynamic shared memory of one block, in bytes: the table and the staged x.
+
+    Beyond 48 KiB a launch has to ask for it. What the sums of the warps take counts towards these 48 KiB, but not towards the
+    size that is asked for; so a block that comes near them asks for a little more than it needs.
+    """
     if rung.layout == "rows":
         return 0
     steps = -(-in_features // STEP)
     parts = PARTS if rung.name == "dead_atomics" else 1
-    return rung.table_bytes + 2 * STEP * -(-steps // parts)
+    needed = rung.table_bytes + 2 * STEP * -(-steps // parts)
+    return needed if needed + _STATIC_SHARED <= _UNASKED else max(needed, _UNASKED + 16)
 
 
 @cache
