@@ -65,6 +65,8 @@ def test_layouts():
     assert torch.equal(torch.stack([rows & 15, rows >> 4], -1).flatten(1)[:, :127], indices)
     tiles = ladder.pack(indices, ladder.find("b_wide_loads"))
     assert torch.equal(tiles, cuda.pack(indices, 4)) and tiles.numel() == 2 * 4 * 512
+    for rung in ladder.ALL:
+        assert ladder.pack(indices, rung).numel() == ladder.code_bytes(rung, 127, 33)
 
 
 def test_shared_memory_is_table_and_x():
@@ -259,6 +261,16 @@ def test_results_are_the_same_bits_every_time(rung):
     first = ladder.gemv(rung, x, codes, codebook)
     for pdl in (False, True) * 5:
         assert torch.equal(first, ladder.gemv(rung, x, codes, codebook, pdl=pdl))
+
+
+@gpu
+def test_codes_of_another_layout_are_refused():
+    indices, codebook, x = inputs(33, 127)
+    rows = ladder.pack(indices, ladder.find("a_scalar"))
+    with pytest.raises(
+        ValueError, match="reads 4096 bytes of codes in tiles for 33 x 127 weights, and these are 2112"
+    ):
+        ladder.gemv(ladder.find("d_mixed_sums"), x, rows, codebook)
 
 
 @gpu

@@ -187,14 +187,30 @@ def _shared_limit(device: int) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 64 * 1024) - _STATIC_SHARED
 
 
-def _require(rung: Rung, x: Tensor, codebook: Tensor) -> None:
+def code_bytes(rung: Rung, in_features: int, out_features: int) -> int:
+    """Bytes of the codes in the rung's layout."""
+    if rung.layout == "rows":
+        return out_features * -(-in_features // 2)
+    return -(-out_features // LANES) * -(-in_features // STEP) * LANES * 16
+
+
+def _require(rung: Rung, x: Tensor, codes: Tensor, codebook: Tensor) -> None:
     if x.dim() != 1 or x.dtype != torch.float16 or not x.is_cuda or not x.is_contiguous():
         raise ValueError(
             f"{rung.name} multiplies one contiguous row of torch.float16 on a CUDA device, not {x.dtype} "
             f"{list(x.shape)} on {x.device}."
         )
-    if codebook.shape[1] != N_CODES:
-        raise ValueError(f"{rung.name} takes {N_CODES} values a channel, not {codebook.shape[1]}.")
+    if codebook.dim() != 2 or codebook.shape[1] != N_CODES or codebook.dtype != torch.float16:
+        raise ValueError(
+            f"{rung.name} takes a torch.float16 codebook [out_features, {N_CODES}], not {codebook.dtype} "
+            f"{list(codebook.shape)}."
+        )
+    expected = code_bytes(rung, len(x), len(codebook))
+    if codes.numel() * codes.element_size() != expected:
+        raise ValueError(
+            f"{rung.name} reads {expected} bytes of codes in {rung.layout} for {len(codebook)} x {len(x)} weights, and "
+            f"these are {codes.numel() * codes.element_size()}; pack them for this rung."
+        )
     limit = _shared_limit(x.get_device())
     needed = shared_bytes(rung, len(x))
     if rung.name != PRODUCT and needed > limit:
@@ -221,9 +237,9 @@ def gemv(
         [out_features], fp16; fp32 from dead_atomics.
 
     Raises:
-        ValueError: x or the codebook do not fit the rung, or x does not fit shared memory.
+        ValueError: x, codes or codebook do not fit the rung, or x does not fit shared memory.
     """
-    _require(rung, x, codebook)
+    _require(rung, x, codes, codebook)
     pdl = pdl and "pdl" in rung.chains
     if rung.name == PRODUCT:
         return cuda.gemv(x, codes, codebook, len(x), BITS, out=out, pdl=pdl)
