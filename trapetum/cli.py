@@ -232,6 +232,27 @@ def gemv(
     _print_records(bench.gemv(device, shapes, method, bits, states[l2], profile), json_output, save)
 
 
+@_command(bench_app, "trapetum bench ladder --shape 4096x4096 --rung d_mixed_sums --rung f_pdl")
+def ladder(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="IN x OUT, e.g. 4096x11008; may be repeated.")
+    ] = None,
+    rung: Annotated[list[str] | None, typer.Option(help="Only these rungs; may be repeated.")] = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Time the numbered GPU kernels, dead ends too, and count their instructions per weight."""
+    from trapetum import bench, disassembly
+
+    shapes = [_shape(s) for s in shape] if shape else None
+    found = bench.ladder(device, shapes, rung, profile)
+    _print_records(found, json_output, save)
+    if disassembly.why_not():
+        typer.echo(f"No instructions per weight: {disassembly.why_not()}", err=True)
+
+
 @_command(bench_app, "trapetum bench bandwidth --device cpu")
 def bandwidth(
     profile: Profile = "quick", device: Device = "auto", json_output: Json = False, save: Save = None
