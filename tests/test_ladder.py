@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from trapetum import bench, build, cuda, disassembly, figures, ladder, records
+from trapetum.cli import app
 from trapetum.figures import style
 
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90")
@@ -157,6 +159,16 @@ def test_the_bench_needs_a_gpu():
         bench.ladder("cpu", profile="smoke")
     with pytest.raises(ValueError, match="no rung 'nothing'"):
         bench.ladder("cpu", rungs=["nothing"], profile="smoke")
+
+
+def test_the_command_has_an_example_and_refuses_in_one_sentence():
+    runner = CliRunner()
+    shown = runner.invoke(app, ["bench", "ladder", "--help"], env={"COLUMNS": "200"}).output
+    assert "Example: trapetum bench ladder" in shown
+    refused = runner.invoke(app, ["bench", "ladder", "--rung", "nothing"])
+    assert refused.exit_code == 2 and refused.stderr.startswith(
+        "trapetum: there is no rung 'nothing'; the ladder has"
+    )
 
 
 def time_of(rung, us, chain="alone"):
