@@ -130,9 +130,11 @@ def test_kernel_hash_is_only_on_our_kernels(cpu_rows):
 def test_a_rotation_within_the_cache_is_doubted(cpu_rows):
     cold = [r for r in cpu_rows if r.quantity == "gemv_time" and r.config["l2"] == "cold"]
     assert all(r.suspect for r in cold)
-    assert "not cold" in multiply._doubt(1_000_000, 2_000_000, "cold")
+    assert "not cold" in multiply.cold_doubt(1_000_000, 2_000_000, "cold")
     assert (
-        multiply._doubt(1_000_000, 2_000_000, "warm") == multiply._doubt(2_000_000, 2_000_000, "cold") == ""
+        multiply.cold_doubt(1_000_000, 2_000_000, "warm")
+        == multiply.cold_doubt(2_000_000, 2_000_000, "cold")
+        == ""
     )
 
 

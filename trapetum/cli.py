@@ -158,10 +158,14 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
         key
         for key in (
             "stage",
+            "model",
             "in_features",
             "out_features",
+            "rows",
             "bits",
+            "variant",
             "l2",
+            "timer",
             "chain",
             "path",
             "threads",
@@ -209,11 +213,34 @@ Bits = Annotated[list[int] | None, typer.Option(help="Bits of the codebook weigh
 Methods = Annotated[list[str] | None, typer.Option("--method", help="Only these methods; may be repeated.")]
 
 
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="IN x OUT, e.g. 4096x11008; may be repeated.")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config", help="Shapes of a model: a config.json, its directory, a hub id, or a shape's name."
+    ),
+]
+
+
+def _shapes(shape: list[str] | None, config: str | None) -> list[tuple[int, int]] | None:
+    """The shapes asked for, each once, or None where none is."""
+    from trapetum import bench
+
+    asked = [_shape(s) for s in shape or []] + (bench.shapes_of(config) if config else [])
+    return list(dict.fromkeys(asked)) or None
+
+
+def _tell(sentence: str) -> None:
+    """About what is left out: not among the results."""
+    typer.echo(sentence, err=True)
+
+
 @_command(bench_app, "trapetum bench gemv --shape 4096x4096 --bits 4 --l2 cold")
 def gemv(
-    shape: Annotated[
-        list[str] | None, typer.Option(help="IN x OUT, e.g. 4096x11008; may be repeated.")
-    ] = None,
+    shape: Shapes = None,
+    config: Config = None,
     bits: Bits = None,
     method: Methods = None,
     l2: Annotated[str, typer.Option(help="cold, warm or both.")] = "both",
@@ -222,21 +249,101 @@ def gemv(
     json_output: Json = False,
     save: Save = None,
 ) -> None:
-    """Time one matrix-vector product in every method, in the same process."""
-    from trapetum import bench
+    """Time one matrix-vector product in every method, in the same process; on a GPU also in installed peers."""
+    from trapetum import bench, machine
+    from trapetum.bench import peers
 
     states = {"both": ("cold", "warm"), "cold": ("cold",), "warm": ("warm",)}
     if l2 not in states:
         raise ValueError(f"--l2 is {l2!r}; choose cold, warm or both.")
-    shapes = [_shape(s) for s in shape] if shape else None
-    _print_records(bench.gemv(device, shapes, method, bits, states[l2], profile), json_output, save)
+    shapes = _shapes(shape, config)
+    if not method and machine.choose_device(device) == "cuda":
+        for sentence in peers.missing():
+            _tell(sentence)
+    found = bench.gemv(device, shapes, method, bits, states[l2], profile, _tell)
+    _print_records(found, json_output, save)
+
+
+Rows = Annotated[list[int] | None, typer.Option(help="Rows of x; may be repeated.")]
+
+
+@_command(bench_app, "trapetum bench batch --shape 4096x4096 --rows 1 --rows 4 --rows 16")
+def batch(
+    shape: Shapes = None,
+    config: Config = None,
+    rows: Rows = None,
+    bits: Bits = None,
+    method: Methods = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Time a few rows at once, and say from how many on it is faster to write the dense weights out."""
+    from trapetum import bench, figures
+
+    shapes = _shapes(shape, config)
+    found = bench.small_batches(device, shapes, rows, method, bits or (4,), profile, _tell)
+    _print_records(found, json_output, save)
+    if not json_output:
+        for sentence in figures.crossover_sentences(found):
+            typer.echo(sentence)
+
+
+@_command(bench_app, "trapetum bench dequant --shape 4096x4096 --bits 4")
+def dequant(
+    shape: Shapes = None,
+    config: Config = None,
+    bits: Bits = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Measure codes to dense weights in GB/s, and dequantize-then-multiply against the fused product."""
+    from trapetum import bench
+
+    _print_records(bench.dequant(device, _shapes(shape, config), bits, profile), json_output, save)
+
+
+@_command(bench_app, "trapetum bench token --model llama-2-7b")
+def token(
+    model: Annotated[str | None, typer.Option(help="Name of a shape; default by device.")] = None,
+    method: Methods = None,
+    bits: Bits = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Time all matrix-vector products of one token in a row, every weight distinct."""
+    from trapetum import bench
+
+    _print_records(bench.gemv_chain(device, model, method, bits, profile), json_output, save)
+
+
+@_command(bench_app, "trapetum bench crosscheck --shape 4096x4096")
+def crosscheck(
+    shape: Annotated[str, typer.Option(help="IN x OUT.")] = "4096x4096",
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Compare our timing of one product with Triton's do_bench and do_bench_cudagraph, and explain the difference."""
+    from trapetum import bench
+    from trapetum.bench.crosscheck import explain
+
+    found = bench.compare_timers(device, _shape(shape), profile=profile)
+    _print_records(found, json_output, save)
+    if not json_output:
+        for sentence in explain(found):
+            typer.echo(sentence)
 
 
 @_command(bench_app, "trapetum bench ladder --shape 4096x4096 --rung d_mixed_sums --rung f_pdl")
 def ladder(
-    shape: Annotated[
-        list[str] | None, typer.Option(help="IN x OUT, e.g. 4096x11008; may be repeated.")
-    ] = None,
+    shape: Shapes = None,
     rung: Annotated[list[str] | None, typer.Option(help="Only these rungs; may be repeated.")] = None,
     profile: Profile = "quick",
     device: Device = "auto",
@@ -250,7 +357,7 @@ def ladder(
     found = bench.ladder(device, shapes, rung, profile)
     _print_records(found, json_output, save)
     if disassembly.why_not():
-        typer.echo(f"No instructions per weight: {disassembly.why_not()}", err=True)
+        _tell(f"No instructions per weight: {disassembly.why_not()}")
 
 
 @_command(bench_app, "trapetum bench bandwidth --device cpu")

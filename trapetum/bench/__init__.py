@@ -3,16 +3,21 @@
 sizes        how much each profile measures
 recording    from samples to gated records
 reading      read bandwidth
-products     the ways to compute y = W x          multiply    their times
-unpacking    dequantize; all products of a token
+products     the ways to compute y = W x               multiply    their times
+unpacking    dequantize; all products of a token       batch       a few rows of x at once
+peers        other people's products                   crosscheck  our timer beside Triton's
+model_shapes the matrices that a model's config names
 ladder       the numbered GPU kernels, and their instructions per weight
-variants     one model in several weights         generating  decode speed, memory, energy
+variants     one model in several weights              generating  decode speed, memory, energy
 accuracy     perplexity and weight error
 """
 
 from trapetum.bench.accuracy import perplexity, weight_error
+from trapetum.bench.batch import small_batches
+from trapetum.bench.crosscheck import compare_timers
 from trapetum.bench.generating import decode, energy
 from trapetum.bench.ladder import ladder, ladder_instructions
+from trapetum.bench.model_shapes import shapes_of
 from trapetum.bench.multiply import gemv, methods_on
 from trapetum.bench.profiles import PROFILES, Sizes, sizes
 from trapetum.bench.reading import bandwidth
@@ -22,6 +27,7 @@ __all__ = [
     "PROFILES",
     "Sizes",
     "bandwidth",
+    "compare_timers",
     "decode",
     "dequant",
     "energy",
@@ -31,6 +37,8 @@ __all__ = [
     "ladder_instructions",
     "methods_on",
     "perplexity",
+    "shapes_of",
     "sizes",
+    "small_batches",
     "weight_error",
 ]

@@ -1,23 +1,40 @@
 """Times of y = W x for every method, cold and warm, in one process."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from trapetum import timing
+from trapetum.bench import peers
 from trapetum.bench.products import CPU_METHODS, CUDA_METHODS, NotPossible, Product, build
 from trapetum.bench.reading import cold_read_gbps, note_cpu_read
 from trapetum.bench.recording import Recorder
 from trapetum.records import Record
 
 WARM_CALLS = 8  # calls of one and the same weight in a warm turn on a CPU
-TRIAL_CALLS = 32  # to choose the threads: where neighbours are busy, each call on too many waits for the scheduler
+TRIAL_CALLS = (
+    32  # to choose the threads: where neighbours are busy, each call on too many waits for the scheduler
+)
 _WITH_BITS = ("codebook", "read")
 
 
+Say = Callable[[str], object]
+
+
+def silent(_sentence: str) -> None:
+    """Say nothing about what is left out."""
+
+
 def methods_on(device: str) -> tuple[str, ...]:
-    """The methods that `gemv` times on "cpu" or "cuda"."""
+    """The methods that `gemv` times on "cpu" or "cuda", without other people's packages (`bench.peers`)."""
     return CUDA_METHODS if device == "cuda" else CPU_METHODS
+
+
+def make_product(method: str, in_features: int, out_features: int, bits: int, device: str) -> Product:
+    """One product of this package or, on CUDA, of a peer; raises as `products.build` and `peers.build`."""
+    if device == "cuda" and method in peers.PEERS:
+        return peers.build(method, in_features, out_features, device)
+    return build(method, in_features, out_features, bits, device)
 
 
 def gemv(
@@ -27,16 +44,18 @@ def gemv(
     bits: Sequence[int] | None = None,
     l2: Sequence[str] = ("cold", "warm"),
     profile: str = "quick",
+    say: Say = silent,
 ) -> list[Record]:
     """Time y = W x with one row x, every method in the same process.
 
     Args:
         device: "auto", "cpu" or "cuda".
         shapes: (in_features, out_features); None for the profile's.
-        methods: None for all of the device's (`methods_on(device)`).
+        methods: None for all of the device's (`methods_on(device)`) and, on CUDA, the peers that are installed.
         bits: of the codebook weights; None for the profile's.
         l2: "cold" (distinct weights, more than the cache holds), "warm" (one weight again and again).
         profile: "smoke", "quick" or "full".
+        say: called with a sentence about each product that is left out.
 
     Returns:
         `gemv_time` records in us, and one `output_error` (against float64) per method and shape. A method that cannot
@@ -52,7 +71,7 @@ def gemv(
     run = _shape_cuda if recorder.device == "cuda" else _shape_cpu
     with torch.inference_mode():
         for shape in shapes or recorder.sizes.shapes:
-            run(recorder, tuple(shape), _plan(recorder, methods, bits), tuple(l2))
+            run(recorder, tuple(shape), _plan(recorder, methods, bits), tuple(l2), say)
     return recorder.close()
 
 
@@ -62,18 +81,23 @@ def _plan(
     """Which (method, bits) to time; the exact CPU path is timed at 4 bits or the first."""
     wanted = tuple(bits or recorder.sizes.bits)
     plan = []
-    for name in names or methods_on(recorder.device):
+    others = peers.installed() if recorder.device == "cuda" else ()
+    for name in names or (*methods_on(recorder.device), *others):
         every = wanted if name in _WITH_BITS else (4 if 4 in wanted else wanted[0],)
         plan += [(name, b) for b in every]
     return plan
 
 
-def _built(plan, shape: tuple[int, int], device: str) -> Iterable[Product]:
+def _built(plan, shape: tuple[int, int], device: str, say: Say) -> Iterable[Product]:
     for name, bits in plan:
         try:
-            yield build(name, *shape, bits, device)
-        except NotPossible:
-            continue
+            yield make_product(name, *shape, bits, device)
+        except NotPossible as error:
+            say(_left_out(name, shape, error))
+
+
+def _left_out(name: str, shape: tuple[int, int], error: Exception) -> str:
+    return f"{name} left out at {shape[0]} x {shape[1]}: {peers.reason(error)}"
 
 
 def _config(product: Product, shape: tuple[int, int], **more) -> dict:
@@ -92,11 +116,16 @@ def _add_error(recorder: Recorder, product: Product, shape: tuple[int, int]) -> 
 # CUDA
 
 
-def _shape_cuda(recorder: Recorder, shape, plan, l2) -> None:
-    for product in _built(plan, shape, "cuda"):
-        _add_error(recorder, product, shape)
-        for temperature in l2:
-            _time_cuda(recorder, product, shape, temperature)
+def _shape_cuda(recorder: Recorder, shape, plan, l2, say: Say = silent) -> None:
+    for product in _built(plan, shape, "cuda", say):
+        try:
+            _add_error(recorder, product, shape)
+            for temperature in l2:
+                _time_cuda(recorder, product, shape, temperature)
+        except Exception as error:
+            if product.method not in peers.PEERS:
+                raise
+            say(_left_out(product.method, shape, error))
 
 
 def _time_cuda(recorder: Recorder, product: Product, shape, temperature: str) -> None:
@@ -107,13 +136,14 @@ def _time_cuda(recorder: Recorder, product: Product, shape, temperature: str) ->
         calls = product.calls(copies, **({"pdl": True} if chain == "pdl" else {}))
         samples = timing.cuda_graph_us(calls, recorder.sizes.repeats)
         config = _config(product, shape, l2=temperature, chain=chain, copies=copies)
-        doubt = _doubt(product.weight_bytes * copies, recorder.cache_bytes, temperature)
+        doubt = cold_doubt(product.weight_bytes * copies, recorder.cache_bytes, temperature)
         recorder.add("gemv_time", samples, product.method, config, doubt, kernel_sha256=product.kernel_sha256)
         del calls
     torch.cuda.empty_cache()
 
 
-def _doubt(distinct_bytes: int, cache_bytes: int, temperature: str) -> str:
+def cold_doubt(distinct_bytes: int, cache_bytes: int, temperature: str) -> str:
+    """Why a rotation over `distinct_bytes` is not cold, or ""; a warm measurement is not doubted."""
     if temperature == "warm" or distinct_bytes >= cache_bytes:
         return ""
     return (
@@ -125,8 +155,8 @@ def _doubt(distinct_bytes: int, cache_bytes: int, temperature: str) -> str:
 # CPU
 
 
-def _shape_cpu(recorder: Recorder, shape, plan, l2) -> None:
-    products = {p.label or p.method: p for p in _built(plan, shape, "cpu")}
+def _shape_cpu(recorder: Recorder, shape, plan, l2, say: Say = silent) -> None:
+    products = {p.label or p.method: p for p in _built(plan, shape, "cpu", say)}
     for product in products.values():
         _add_error(recorder, product, shape)
     calls = _rotations(products, l2, recorder.rotation_cache_bytes)
@@ -153,7 +183,7 @@ def _shape_cpu(recorder: Recorder, shape, plan, l2) -> None:
             threads_available=torch.get_num_threads(),
             fewer_threads_faster=case.threads < torch.get_num_threads(),
         )
-        doubt = _doubt(distinct, recorder.cache_bytes, temperature)
+        doubt = cold_doubt(distinct, recorder.cache_bytes, temperature)
         recorder.add("gemv_time", us, product.method, config, doubt, kernel_sha256=product.kernel_sha256)
 
 

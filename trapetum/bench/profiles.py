@@ -23,6 +23,8 @@ class Sizes:
         text_tokens, window, stride: perplexity.
         rotation: share of the usual rotation over distinct weights; half is still more than a CPU's cache, since the
             methods take turns.
+        rows: of x, in the comparison of small batches.
+        batch_shapes: (in_features, out_features) of that comparison.
         law_shapes: (in_features, out_features) over a range of bytes, to fit `t0 + bytes / BW` on; none of them is in
             `shapes` of the quick profile, so that a run measures nothing twice.
     """
@@ -44,6 +46,8 @@ class Sizes:
     stride: int = 256
     rotation: float = 1.0
     law_shapes: tuple[tuple[int, int], ...] = ()
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_shapes: tuple[tuple[int, int], ...] = ((4096, 4096),)
 
 
 _LLAMA_LIKE = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -57,9 +61,12 @@ _LAW_GPU = (
     (4096, 22016),
     (28672, 8192),
 )
+_BATCH_GPU = ((4096, 4096), (11008, 4096), (4096, 22016), (8192, 28672))
 _LAW_SMOKE = ((512, 1024), (1024, 2048), (2048, 2048), (2048, 4096))
 _SMOKE = dict(
     law_shapes=_LAW_SMOKE,
+    rows=(1, 2, 4),
+    batch_shapes=((1024, 1024),),
     new_tokens=4,
     prompt_tokens=4,
     runs=1,
@@ -68,8 +75,9 @@ _SMOKE = dict(
     idle_s=0.2,
     rotation=0.5,
 )
+_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 _QUICK = dict(prompt_tokens=4, runs=1, energy_s=1.5, idle_s=1.0, text_tokens=8192)
-_FULL = dict(new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, text_tokens=65536)
+_FULL = dict(rows=_ROWS, new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, text_tokens=65536)
 
 
 def _sizes() -> dict[tuple[str, str], Sizes]:
@@ -91,6 +99,7 @@ def _sizes() -> dict[tuple[str, str], Sizes]:
             new_tokens=16,
             token_budget_s=2.0,
             law_shapes=_LAW_CPU,
+            batch_shapes=((2048, 2048),),
             **_QUICK,
         ),
         ("quick", "cuda"): Sizes(
@@ -109,7 +118,16 @@ def _sizes() -> dict[tuple[str, str], Sizes]:
             every, (8, 4), GIB, 15, 20.0, cpu, token_budget_s=30.0, law_shapes=_LAW_CPU, **_FULL
         ),
         ("full", "cuda"): Sizes(
-            every, (8, 4, 3, 2), 4 * GIB, 25, 20.0, gpu, token_budget_s=60.0, law_shapes=_LAW_GPU, **_FULL
+            every,
+            (8, 4, 3, 2),
+            4 * GIB,
+            25,
+            20.0,
+            gpu,
+            token_budget_s=60.0,
+            law_shapes=_LAW_GPU,
+            batch_shapes=_BATCH_GPU,
+            **_FULL,
         ),
     }
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from trapetum import cpu, cuda, timing
-from trapetum.bench.multiply import methods_on
+from trapetum.bench.multiply import make_product, methods_on
 from trapetum.bench.products import N_CODES, NotPossible, Product, build, copies_of, expand_and_multiply
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
 from trapetum.build import source_sha256
 from trapetum.records import Record
-from trapetum.shapes import MODELS, ModelShape
+from trapetum.shapes import ModelShape
+from trapetum.shapes import model as model_shape
 
 TRIAL_CALLS = 4  # of each case, to choose its number of threads
 VARIANTS = {"cuda": ("naive", "tiled"), "cpu": ("rows",)}
@@ -172,9 +173,9 @@ def _chain_plan(names: Sequence[str], bits: Sequence[int]) -> list[tuple[str, in
 
 
 def _chain_one(recorder: Recorder, name: str, method: str, bits: int) -> None:
-    parts = fused_shapes(MODELS[name])
+    parts = fused_shapes(model_shape(name))
     try:
-        products = [(build(method, i, o, bits, recorder.device), count) for i, o, count in parts]
+        products = [(make_product(method, i, o, bits, recorder.device), count) for i, o, count in parts]
     except NotPossible:
         return
     nbytes = sum(p.weight_bytes * count for p, count in products)

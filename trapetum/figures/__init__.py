@@ -1,6 +1,7 @@
 """Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
 
 from trapetum.figures.accuracy import Loss, codebooks_of_channel, losses, perplexity_by_bits, weight_error
+from trapetum.figures.batch import batch_cells, batch_map, batch_times, crossover_sentences, crossovers
 from trapetum.figures.by_bytes import speed_by_bytes
 from trapetum.figures.by_shape import FASTEST, best_dense, losers_map, pairs, speedups
 from trapetum.figures.ceilings import ceilings, roofline, your_machine
@@ -29,6 +30,9 @@ __all__ = [
     "GRIDS_SOURCE",
     "Loss",
     "Point",
+    "batch_cells",
+    "batch_map",
+    "batch_times",
     "best_dense",
     "carbon",
     "carbon_g",
@@ -36,6 +40,8 @@ __all__ = [
     "ceilings",
     "claims",
     "codebooks_of_channel",
+    "crossover_sentences",
+    "crossovers",
     "decode_stages",
     "dequantize_or_fuse",
     "energy_bars",
