@@ -29,7 +29,17 @@ CPU_METHODS = (
     "codebook-exact",
     "read",
 )
-CUDA_METHODS = ("linear-fp16", "linear-bf16", "mv-fp16", "mv-bf16", "tinygemm-int4", "codebook", "read")
+_ADDITIVE = ("additive-2x8", "additive-4x8")
+CUDA_METHODS = (
+    "linear-fp16",
+    "linear-bf16",
+    "mv-fp16",
+    "mv-bf16",
+    "tinygemm-int4",
+    "codebook",
+    *_ADDITIVE,
+    "read",
+)
 _CODED = ("codebook", "codebook-exact", "dequantize-linear", "read")
 ROWS_A_LAUNCH = 8  # of x, in one call of the CUDA codebook kernel; the CPU's takes one
 
@@ -184,6 +194,10 @@ def weights(method: str, in_features: int, out_features: int, bits: int, device:
         return _coded(method, in_features, out_features, bits, device)
     if method in ("torch-int4", "tinygemm-int4"):
         return _int4(method, in_features, out_features, device)
+    if method in _ADDITIVE:
+        from trapetum.bench import additive_product
+
+        return additive_product.weights(method, in_features, out_features, device)
     return _dense(method, in_features, out_features, device)
 
 
