@@ -15,7 +15,7 @@ from trapetum.cli import app
 from trapetum.shapes import GEMV_SHAPES, MODELS
 
 SHAPE = (256, 128)
-CODED = ("codebook", "codebook-exact", "dequantize-linear", "read")
+CODED = ("codebook", "codebook-exact", "dequantize-linear", "dequantize-linear-bf16", "read")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
@@ -35,7 +35,7 @@ def small_rotations():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 17])
 def test_every_method_is_right_for_several_rows(device, rows):
-    for method in (*bench.methods_on(device), "dequantize-linear"):
+    for method in (*bench.methods_on(device), "dequantize-linear", "dequantize-linear-bf16"):
         for bits in (8, 4, 3, 2) if method in CODED else (4,):
             matrix = products.weights(method, *SHAPE, bits, device)
             if matrix.most_rows and rows > matrix.most_rows:
@@ -177,6 +177,16 @@ def test_crossovers_are_of_one_device_shape_and_width():
 def bench_free_of_batches():
     config = {"in_features": 1, "out_features": 1, "rows": 2048}
     return [records.measured("gemm_time", [1.0], "linear-fp16", config, H100, {}, commit="a", dirty=False)]
+
+
+def test_dense_matrices_made_from_different_codes_are_told_apart():
+    made = [timed("codebook", n, 9.0, b) for n in (1, 2) for b in (4, 2)]
+    made += [timed("dequantize-linear-bf16", n, us, b) for n in (1, 2) for b, us in ((4, 5.0), (2, 50.0))]
+    assert {(c.kernel.config["bits"], c.rows) for c in figures.crossovers(made)} == {(4, 1), (2, None)}
+    assert (
+        "dequantize-linear-bf16 from 4-bit is faster at all of 1 to 2 rows"
+        in figures.crossover_sentences(made)[0]
+    )
 
 
 def test_crossovers_in_words():

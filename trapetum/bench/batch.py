@@ -16,9 +16,16 @@ from trapetum.bench.recording import Recorder
 from trapetum.records import Record
 
 CUDA_BATCH = ("codebook", "dequantize-linear", "linear-fp16", "tinygemm-int4")
-CPU_BATCH = ("codebook", "dequantize-linear", "linear-fp32", "linear-bf16", "torch-int4")
+CPU_BATCH = (
+    "codebook",
+    "dequantize-linear",
+    "dequantize-linear-bf16",
+    "linear-fp32",
+    "linear-bf16",
+    "torch-int4",
+)
 Sets = dict[str, tuple[Weights, list]]  # by label: the weights, and their tensors in distinct memory
-TRIAL_CALLS = 4  # of each case, to choose its number of threads
+TRIAL_CALLS = 16  # of each case, to choose its number of threads
 
 
 def small_batches(
@@ -62,7 +69,7 @@ def small_batches(
 
 
 def _plan(names: Sequence[str], bits: Sequence[int]) -> list[tuple[str, int]]:
-    coded = ("codebook", "dequantize-linear", "read")
+    coded = ("codebook", "dequantize-linear", "dequantize-linear-bf16", "read")
     return [(name, b) for name in names for b in (bits if name in coded else (4,))]
 
 
@@ -117,7 +124,7 @@ def _time_cpu(recorder: Recorder, rows: int, products: dict[str, Product], sets:
     }
     budget_s = recorder.sizes.budget_s / 2
     trial = {name: every[:TRIAL_CALLS] for name, every in calls.items()}
-    threads = timing.fastest_threads(trial, 1, budget_s / 2)
+    threads = timing.fastest_threads(trial, 2, budget_s / 2)
     cases = {name: timing.Case(every, threads[name]) for name, every in calls.items()}
     samples = timing.interleaved_us(cases, recorder.sizes.repeats, budget_s)
     available = torch.get_num_threads()

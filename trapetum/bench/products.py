@@ -40,7 +40,8 @@ CUDA_METHODS = (
     *_ADDITIVE,
     "read",
 )
-_CODED = ("codebook", "codebook-exact", "dequantize-linear", "read")
+_EXPANDED = ("dequantize-linear", "dequantize-linear-bf16")  # not timed unless asked for
+_CODED = ("codebook", "codebook-exact", *_EXPANDED, "read")
 ROWS_A_LAUNCH = 8  # of x, in one call of the CUDA codebook kernel; the CPU's takes one
 
 # Relative L2 error against float64 above which a product counts as wrong and is not timed.
@@ -179,7 +180,8 @@ def weights(method: str, in_features: int, out_features: int, bits: int, device:
     """Make one method's random weights.
 
     Args:
-        method: one of `CPU_METHODS` or `CUDA_METHODS`, or `dequantize-linear` (write the dense matrix, then multiply).
+        method: one of `CPU_METHODS` or `CUDA_METHODS`; or `dequantize-linear` (write the dense matrix, then multiply), which
+            is fp16 on CUDA and fp32 on a CPU, or `dequantize-linear-bf16`.
         bits: for codebook methods and `read`; ignored by the others.
         device: "cpu" or "cuda".
 
@@ -188,7 +190,7 @@ def weights(method: str, in_features: int, out_features: int, bits: int, device:
         ValueError: the method is unknown on this device.
     """
     known = CUDA_METHODS if device == "cuda" else CPU_METHODS
-    if method not in (*known, "dequantize-linear"):
+    if method not in (*known, *_EXPANDED):
         raise ValueError(f"method {method!r} is unknown on {device}; it is one of {', '.join(known)}.")
     if method in _CODED:
         return _coded(method, in_features, out_features, bits, device)
@@ -285,8 +287,9 @@ def _coded(method: str, in_features: int, out_features: int, bits: int, device: 
         return _read(tensors, in_features, out_features, bits, device)
     head = codebook[:CHECKED_OUTPUTS].double().gather(1, indices[:CHECKED_OUTPUTS].long())
     dtype = torch.float16 if device == "cuda" else torch.float32
-    multiply, path = _coded_multiply(method, in_features, out_features, bits, device)
-    fused = method != "dequantize-linear"
+    dtype = torch.bfloat16 if method.endswith("bf16") else dtype
+    multiply, path = _coded_multiply(method, in_features, out_features, bits, device, dtype)
+    fused = method not in _EXPANDED
     return Weights(
         "codebook" if fused else method,
         tensors,
@@ -303,10 +306,10 @@ def _coded(method: str, in_features: int, out_features: int, bits: int, device: 
     )
 
 
-def _coded_multiply(method: str, in_features: int, out_features: int, bits: int, device: str):
+def _coded_multiply(method: str, in_features: int, out_features: int, bits: int, device: str, dtype):
     """How to multiply with codes, and which arithmetic it is."""
-    if method == "dequantize-linear":
-        return expand_and_multiply(in_features, out_features, bits, device), "dequantize"
+    if method in _EXPANDED:
+        return expand_and_multiply(in_features, out_features, bits, device, dtype), "dequantize"
     if device == "cuda":
         return _multiply_cuda(in_features, out_features, bits), "table"
     exact = method == "codebook-exact" or bits == 8
@@ -353,12 +356,16 @@ def _multiply_cpu(in_features: int, out_features: int, bits: int, exact: bool):
     return multiply
 
 
-def expand_and_multiply(in_features: int, out_features: int, bits: int, device: str):
+def expand_and_multiply(
+    in_features: int, out_features: int, bits: int, device: str, dtype: torch.dtype | None = None
+):
     """`multiply(x, codes, codebook)`: write the dense weights, then multiply with them.
 
-    The dense matrix is fp16 on CUDA and fp32 on a CPU; all calls share one, as the layers of a model would.
+    Args:
+        dtype: of x and of the dense matrix; None for fp16 on CUDA and fp32 on a CPU. All calls share one matrix, as the
+            layers of a model would.
     """
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
     out = torch.empty(out_features, in_features, dtype=dtype, device=device)
     if device == "cpu":
         return lambda x, w, c: lambda: F.linear(x, cpu.dequantize(w, c, in_features, bits, dtype, out=out))

@@ -115,7 +115,7 @@ def _sizes() -> dict[tuple[str, str], Sizes]:
             **_QUICK,
         ),
         ("full", "cpu"): Sizes(
-            every, (8, 4), GIB, 15, 20.0, cpu, token_budget_s=30.0, law_shapes=_LAW_CPU, **_FULL
+            every, (8, 4, 3, 2), GIB, 15, 20.0, cpu, token_budget_s=30.0, law_shapes=_LAW_CPU, **_FULL
         ),
         ("full", "cuda"): Sizes(
             every,

@@ -82,8 +82,15 @@ def _lines(records: Iterable[Record]) -> dict[str, Line]:
     """By label and rows, the newest record of each."""
     lines: dict[str, Line] = {}
     for r in sorted(records, key=lambda r: r.utc or ""):
-        lines.setdefault(label_of(r), {})[r.config["rows"]] = r
+        lines.setdefault(_name(r), {})[r.config["rows"]] = r
     return {name: dict(sorted(line.items())) for name, line in lines.items()}
+
+
+def _name(record: Record) -> str:
+    """The label, with the bits of the codes that a 16-bit dense matrix was made from."""
+    label, bits = label_of(record), record.config.get("bits")
+    expanded = record.method.startswith("dequantize-linear") and "-bit" not in label
+    return f"{label} from {bits}-bit" if expanded else label
 
 
 def _first(line: Line) -> Record:
@@ -101,7 +108,7 @@ def _chain(line: Line) -> str:
 def _is_rival(line: Line, kernel: Line) -> bool:
     one = _first(line)
     same_bits = one.config.get("bits") == _first(kernel).config.get("bits")
-    return one.method.startswith("linear-") or (one.method == "dequantize-linear" and same_bits)
+    return one.method.startswith("linear-") or (one.method.startswith("dequantize-linear") and same_bits)
 
 
 def _crossover(kernel: Line, rival: Line) -> Crossover | None:
@@ -121,7 +128,7 @@ def crossover_sentences(records: Iterable[Record]) -> list[str]:
     told: dict[str, list[str]] = {}
     for c in crossovers(records):
         where = f"{shape_of(c.kernel)}, {label_of(c.kernel)} on {device_name(c.kernel)}"
-        told.setdefault(where, []).append(f"{label_of(c.rival)} {_when(c)}")
+        told.setdefault(where, []).append(f"{_name(c.rival)} {_when(c)}")
     return [f"{where}: {'; '.join(parts)}." for where, parts in told.items()]
 
 
@@ -172,12 +179,13 @@ def _panel(figure: go.Figure, col: int, group: Sequence[Record], roof_gbps: floa
         figure.add_trace(trace.update(mode="lines+markers"), 1, col)
         if roof_gbps and _is_kernel(line) and _chain(line) == "alone":
             _ideal(figure, col, line, roof_gbps)
-    for c in crossovers(group):
-        if c.rows is not None and c.rival.method == "dequantize-linear":
-            figure.add_vline(
-                x=c.rows, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=col,
-                annotation={"text": f"dequantize from {c.rows}", "font": {"size": 11, "color": FAINT}},
-            )  # fmt: skip
+    expanded = [c for c in crossovers(group) if c.rival.method.startswith("dequantize-linear")]
+    won = min((c.rows for c in expanded if c.rows is not None), default=None)
+    if won is not None:
+        figure.add_vline(
+            x=won, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=col,
+            annotation={"text": f"dequantize from {won}", "font": {"size": 11, "color": FAINT}},
+        )  # fmt: skip
 
 
 def _ideal(figure: go.Figure, col: int, line: Line, roof_gbps: float) -> None:
