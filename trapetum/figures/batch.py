@@ -1,5 +1,6 @@
 """A few rows of x at once: times by number of rows, and from which number on dense weights win."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -166,7 +167,7 @@ def batch_times(
     figure.update_xaxes(title="rows of x", type="log", tickvals=counts, ticktext=[str(n) for n in counts])
     figure.update_yaxes(**LOG)
     figure.update_yaxes(title="time, us", col=1)
-    return add_key(figure, found)
+    return add_key(figure, found, 80)
 
 
 def _panel(figure: go.Figure, col: int, group: Sequence[Record], roof_gbps: float | None) -> None:
@@ -182,9 +183,11 @@ def _panel(figure: go.Figure, col: int, group: Sequence[Record], roof_gbps: floa
     expanded = [c for c in crossovers(group) if c.rival.method.startswith("dequantize-linear")]
     won = min((c.rows for c in expanded if c.rows is not None), default=None)
     if won is not None:
-        figure.add_vline(
-            x=won, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=col,
-            annotation={"text": f"dequantize from {won}", "font": {"size": 11, "color": FAINT}},
+        figure.add_vline(x=won, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=col)
+        axis = str(col) if col > 1 else ""
+        figure.add_annotation(
+            x=math.log10(won), y=0.5, xref=f"x{axis}", yref=f"y{axis} domain", xanchor="right", showarrow=False,
+            text=f"dequantize from {won}", font={"size": 11, "color": FAINT},
         )  # fmt: skip
 
 
@@ -219,7 +222,7 @@ def batch_map(records: Sequence[Record], title: str = "The loser's map of small 
     figure = new_figure(title, provenance(shown, unit), 210 + 34 * len(places))
     figure.add_trace(
         go.Heatmap(
-            x=[str(n) for n in counts], y=places, z=[[_gain(p) for p in line] for line in grid], zmid=1, zmin=0, zmax=2,
+            x=[str(n) for n in counts], y=places, z=[[_shade(p) for p in line] for line in grid], zmid=0, zmin=-2, zmax=2,
             text=[[_text(p) for p in line] for line in grid], texttemplate="%{text}", xgap=2, ygap=2, showscale=False,
             hovertext=[[_hover(p) for p in line] for line in grid], hovertemplate="%{hovertext}<extra></extra>",
             colorscale=[[0, "#d9606a"], [0.5, "#f7f4ef"], [1, "#5f9fd3"]], textfont={"color": INK},
@@ -249,6 +252,10 @@ def batch_cells(records: Iterable[Record]) -> dict[tuple[str, int], tuple[Record
 
 def _gain(pair: tuple[Record, Record] | None) -> float | None:
     return pair[1].value / pair[0].value if pair else None
+
+
+def _shade(pair: tuple[Record, Record] | None) -> float | None:
+    return math.log2(_gain(pair)) if pair else None
 
 
 def _text(pair: tuple[Record, Record] | None) -> str:
