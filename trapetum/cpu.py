@@ -3,9 +3,8 @@
 The kernel is compiled at first use and loaded with ctypes. torch is imported before that, so that both share one
 OpenMP runtime and its threads. Without a compiler everything here still works through torch, slowly; `why_not` says so.
 
-4-bit weights are fast. 2- and 3-bit weights are widened to nibbles when packed: right results, no speed gain yet.
-
-`TRAPETUM_CPU_PATH` (avx512vnni, avx512bw, avx2, portable) forces one path for the life of the process.
+`TRAPETUM_CPU_PATH` (avx512vnni, avx512bw, avx2, neon, portable) forces one path for the life of the process.
+A product uses torch's number of threads, or fewer while those are measured to be faster (`threads()` tells).
 """
 
 import ctypes
@@ -18,8 +17,10 @@ import torch
 
 from trapetum.build import BuildError, compile_c
 from trapetum.cpu_layout import BITS, check_packed, pack, packed_bytes, unpack
+from trapetum.cpu_threads import Report, ThreadChoice
 
 __all__ = [
+    "ARITHMETICS",
     "BITS",
     "PATHS",
     "SOURCE",
@@ -34,12 +35,20 @@ __all__ = [
     "read_bandwidth",
     "read_sum",
     "read_us",
+    "threads",
     "unpack",
     "why_not",
 ]
 
 SOURCE = "codebook_gemv.c"
-PATHS = ("portable", "avx2", "avx512bw", "avx512vnni")  # the index is the number that the kernel knows
+PATHS = (
+    "portable",
+    "avx2",
+    "avx512bw",
+    "avx512vnni",
+    "neon",
+)  # the index is the number that the kernel knows
+ARITHMETICS = ("int16", "exact", "int8")  # the same
 _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -54,9 +63,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(compile_c(SOURCE)))
     except (BuildError, OSError) as error:
         return None, str(error)
-    sizes = [_SIZE, _SIZE]
-    library.trapetum_gemv4.argtypes = [_POINTER] * 3 + [_SIZE] + [_POINTER] * 2 + sizes + [_INT] * 3
-    library.trapetum_gemv8.argtypes = [_POINTER] * 3 + [_SIZE] + [_POINTER] * 2 + sizes + [_INT] * 2
+    sizes, product = [_SIZE, _SIZE], [_POINTER] * 3 + [_SIZE] + [_POINTER] * 2
+    library.trapetum_gemv_packed.argtypes = product + sizes + [_INT] * 4
+    library.trapetum_gemv_bytes.argtypes = product + sizes + [_INT] * 2
     library.trapetum_dequantize.argtypes = (
         [_POINTER] * 2 + [_SIZE, _POINTER] + [_INT] * 2 + sizes + [_INT] * 2
     )
@@ -84,7 +93,9 @@ def has_openmp() -> bool:
 def paths() -> list[str]:
     """The kernel's paths that this processor runs, fastest first; empty without a compiler."""
     library = _load()[0]
-    return [] if library is None else list(PATHS[library.trapetum_supported() :: -1])
+    if library is None:
+        return []
+    return [PATHS[number] for number in reversed(range(len(PATHS))) if library.trapetum_runs(number)]
 
 
 @functools.cache
@@ -147,6 +158,27 @@ def _check_output(name: str, tensor: torch.Tensor, out_features: int) -> None:
         )
 
 
+def _arithmetic_number(arithmetic: str | None, exact: bool) -> int:
+    """The kernel's number of what `arithmetic` and `exact` ask for."""
+    if arithmetic is None:
+        return 1 if exact else 0
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic is {arithmetic!r}; it is one of {', '.join(ARITHMETICS)}.")
+    if exact and arithmetic != "exact":
+        raise ValueError(
+            f"exact=True asks for fp32 arithmetic and arithmetic={arithmetic!r} for another; give one."
+        )
+    return ARITHMETICS.index(arithmetic)
+
+
+_CHOICE = ThreadChoice()
+
+
+def threads() -> Report:
+    """How many threads products use now, of how many, and what was measured; see `cpu_threads.Report`."""
+    return _CHOICE.report(torch.get_num_threads())
+
+
 def gemv(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -157,21 +189,26 @@ def gemv(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     path: str | None = None,
+    arithmetic: str | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
-    """y = W x + bias, with W read as codes; uses `torch.get_num_threads()` threads.
+    """y = W x + bias, with W read as codes.
 
     Args:
         x: float32 [in_features] (or any shape of one row), of any stride.
         packed: uint8 from `pack(indices, bits)`.
         codebook: float16 [out_features, n_codes], n_codes <= 2**bits.
-        exact: fp32 arithmetic instead of 15-bit fixed point. 8-bit weights are always exact.
+        exact: the same as `arithmetic="exact"`.
         bias: float32 [out_features] or None.
         out: float32 [out_features] to be overwritten, or None for a new one.
         path: one of `paths()`; None for `active_path()`.
+        arithmetic: "int16" (None: 15-bit fixed point), "int8" or "exact" (fp32). 8-bit weights are always exact.
+        threads: how many; None for `torch.get_num_threads()`, or fewer while they are measured to be faster.
 
     Returns:
-        float32 [out_features]. Relative L2 error at most 1e-4 in fixed point, 1e-6 exact; it does not depend on the
-        number of threads. A NaN or infinity in x gives NaN in fixed point.
+        float32 [out_features], the same for any number of threads. Relative L2 error at most 1e-4 with int16, 1e-6
+        exact and, with Gaussian x and a codebook of 16 Gaussian values, 1e-2 with int8. A NaN or infinity in x gives
+        NaN in fixed point.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit, with what was given and what is needed.
@@ -179,24 +216,26 @@ def gemv(
     _check_weight(packed, codebook, in_features, bits)
     out_features, n_codes = codebook.shape
     _check_vectors(x, in_features, bias, out, out_features)
+    number = _arithmetic_number(arithmetic, exact)
     name = path or active_path()
     y = torch.empty(out_features) if out is None else out
     if name == "torch":
         return _gemv_torch(x, packed, codebook, in_features, bits, bias, y)
     x, packed, codebook = x.contiguous(), packed.contiguous(), codebook.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    pointers = x.data_ptr(), packed.data_ptr(), codebook.data_ptr(), n_codes
-    sizes = (
-        bias if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        in_features,
-        out_features,
-        _path_number(name),
-    )
+    product = x.data_ptr(), packed.data_ptr(), codebook.data_ptr(), n_codes
+    rest = bias if bias is None else bias.data_ptr(), y.data_ptr(), in_features, out_features
+    path_number, library = _path_number(name), _load()[0]
     if bits == 8:
-        status = _load()[0].trapetum_gemv8(*pointers, *sizes, torch.get_num_threads())
+        kernel, options = library.trapetum_gemv_bytes, (path_number,)
     else:
-        status = _load()[0].trapetum_gemv4(*pointers, *sizes, exact, torch.get_num_threads())
+        kernel, options = library.trapetum_gemv_packed, (bits, path_number, number)
+    every = torch.get_num_threads()
+    if threads is not None or every == 1:
+        status = kernel(*product, *rest, *options, threads or every)
+    else:
+        key = (out_features, in_features, bits, number)
+        status = _CHOICE.run(lambda count: kernel(*product, *rest, *options, count), key, every)
     if status:
         raise MemoryError(f"no memory to prepare an activation of {in_features} inputs.")
     return y
@@ -261,7 +300,7 @@ def dequantize(
         return weight
     packed, codebook = packed.contiguous(), codebook.contiguous()
     pointers = (packed.data_ptr(), codebook.data_ptr(), n_codes, weight.data_ptr())
-    layout = (_FORMATS[dtype], 8 if bits == 8 else 4, in_features, out_features)
+    layout = (_FORMATS[dtype], bits, in_features, out_features)
     _load()[0].trapetum_dequantize(*pointers, *layout, _path_number(name), torch.get_num_threads())
     return weight
 
