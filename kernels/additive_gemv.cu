@@ -279,20 +279,16 @@ additive_gemv(const uint4* __restrict__ codes, const uint4* __restrict__ codeboo
     const unsigned moves = diagonal ? ~0u : 0u;
     const unsigned own = (lane % COPIES) * 16 * (256 / ENTRY);
 
-    for (int item = blockIdx.x, turn = 0; item < items; item += gridDim.x, turn++) {
+    int last[TILES];  // the warp that sums up tile s of an item; they take turns
+#pragma unroll
+    for (int s = 0; s < TILES; s++) last[s] = min(s, warps - 1);
+    bool odd = false;
+    for (int item = blockIdx.x; item < items; item += gridDim.x, odd = !odd) {
         const bool more = item + gridDim.x < items;
         const unsigned next_column = column + gridDim.x * TILES * tile_vectors;
         const unsigned next_second = TILES == 2 && (item + gridDim.x) * TILES + 1 < tiles ? tile_vectors : 0;
-        float scale[TILES], added[TILES];
-#pragma unroll
-        for (int s = 0; s < TILES; s++) {
-            const int channel = (item * TILES + s) * LANES + lane;
-            if (warp == (turn * TILES + s) % warps && channel < out_features) {
-                scale[s] = __half2float(scales[channel]);
-                added[s] = bias ? to_float(bias[channel]) : 0.f;
-            }
-        }
         float sums[TILES][2][4] = {};  // an MMA waits for the sum before it: two chains, even and odd groups
+#pragma unroll 1
         for (int base = 0; base < steps; base += AHEAD * warps) {
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
@@ -315,14 +311,23 @@ additive_gemv(const uint4* __restrict__ codes, const uint4* __restrict__ codeboo
                     for (int s = 0; s < TILES; s++) ahead[k][s] = load_once(codes + (following + s * (here ? second : next_second)));
             }
         }
-        float* const buffer = partial + (turn & 1) * warps * CHANNELS;  // whoever sums up the other one may still read it
+        float scale[TILES], added[TILES];  // of the tile that this warp sums up; they arrive while the block meets
+#pragma unroll
+        for (int s = 0; s < TILES; s++) {
+            const int channel = (item * TILES + s) * LANES + lane;
+            if (warp == last[s] && channel < out_features) {
+                scale[s] = __half2float(scales[channel]);
+                added[s] = bias ? to_float(bias[channel]) : 0.f;
+            }
+        }
+        float* const buffer = partial + (odd ? warps * CHANNELS : 0);  // whoever sums up the other one may still read it
 #pragma unroll
         for (int s = 0; s < TILES; s++) store_partial(sums[s], buffer + warp * CHANNELS + s * LANES);
         __syncthreads();
 #pragma unroll
         for (int s = 0; s < TILES; s++) {
             const int channel = (item * TILES + s) * LANES + lane;
-            if (warp == (turn * TILES + s) % warps && channel < out_features) {
+            if (warp == last[s] && channel < out_features) {
                 float total = 0.f;
                 for (int w = 0; w < warps; w++) total += buffer[w * CHANNELS + s * LANES + lane];
                 total *= scale[s];
@@ -331,5 +336,7 @@ additive_gemv(const uint4* __restrict__ codes, const uint4* __restrict__ codeboo
         }
         column = next_column;
         second = next_second;
+#pragma unroll
+        for (int s = 0; s < TILES; s++) last[s] = last[s] + TILES < warps ? last[s] + TILES : min(s, warps - 1);
     }
 }

@@ -127,7 +127,10 @@ def resident(plan: Plan, n_codebooks: int, in_features: int, room: Room) -> int:
     return max(1, min(plan.blocks, room.a_multiprocessor // one))
 
 
-_ONE, _TWO = Plan(32, 2), Plan(16, 2, blocks=2)
+_ONE, _TWO, _SMALL = Plan(32, 2), Plan(16, 2, blocks=2), Plan(16, 2)
+_LITTLE_BYTES = (
+    64 * 1024
+)  # of shared memory a block, where 32 warps of a kernel compiled for the device spill registers
 
 
 def plan_for(out_features: int, in_features: int, n_codebooks: int, room: Room) -> Plan | None:
@@ -139,7 +142,7 @@ def plan_for(out_features: int, in_features: int, n_codebooks: int, room: Room) 
         two = fitting(_TWO, n_codebooks, in_features, room)
         if two == _TWO and resident(two, n_codebooks, in_features, room) == 2:
             return two
-    return fitting(_ONE, n_codebooks, in_features, room)
+    return fitting(_SMALL if room.a_block <= _LITTLE_BYTES else _ONE, n_codebooks, in_features, room)
 
 
 def candidates(n_codebooks: int) -> tuple[Plan, ...]:
