@@ -48,10 +48,11 @@ __device__ __forceinline__ wtype convert(__half v) {
 __device__ __forceinline__ int index_of(const unsigned* word, int i) {
 #if BITS == 3
     const unsigned* w = word + 3 * (i / 32);
-    const int pair = (i % 32) / 2;
-    const unsigned field = pair < 15 ? (w[pair / 5] >> (6 * (pair % 5))) & 63
-                                     : (w[0] >> 30) | (w[1] >> 30 << 2) | (w[2] >> 30 << 4);
-    return (field >> (3 * (i % 2))) & 7;
+    const int v = i % 32 / 8, byte = 8 * (i % 8 / 2);
+    const unsigned pair = v < 3 ? w[v] >> byte : (w[0] >> byte >> 6 & 3) | (w[1] >> byte >> 4 & 12) | (w[2] >> byte >> 2 & 48);
+    return (pair >> (3 * (i % 2))) & 7;
+#elif BITS == 2
+    return (word[i / 16] >> (8 * (i % 8 / 2) + 4 * (i / 8 % 2) + 2 * (i % 2))) & 3;
 #else
     constexpr int PER_WORD = 32 / BITS;
     return (word[i / PER_WORD] >> (BITS * (i % PER_WORD))) & (CODES - 1);

@@ -1,12 +1,16 @@
-// Batch-1 GEMV from codebook weights, decoded inside the multiply and never materialised:
+// GEMV from codebook weights for 1 to 8 rows of x, decoded inside the multiply and never materialised:
 //
-//     y[o] = sum_i codebook[o, index[o, i]] * x[i] + bias[o]
+//     y[r, o] = sum_i codebook[o, index[o, i]] * x[r, i] + bias[o] + residual[r, o]
 //
-// Compiled once for each pair of macros:
-//     BITS   8, 4, 3 or 2: bits of a stored index
-//     XTYPE  0 fp16, 1 bf16, 2 fp32: dtype of x, bias and y
-//     WARPS  warps a block at most, AHEAD steps that a warp has in flight: 32 x 2 where a multiprocessor gets one block,
-//            fewer warps and deeper where it gets several
+// Compiled once for each set of macros:
+//     BITS      8, 4, 3 or 2: bits of a stored index
+//     XTYPE     0 fp16, 1 bf16, 2 fp32: dtype of x, bias, residual and y
+//     ROWS      rows of x, 1 to 8
+//     CHANNELS  output channels a block, 32 or 64
+//     STRIDE    bytes from one table entry to the next, 256 or (CHANNELS 32 only) 128
+//     WARPS     warps a block
+//     AHEAD     steps that a warp has in flight
+//     BLOCKS    blocks that are to fit a multiprocessor; bounds the registers
 //
 // Packed indices. A tile is 32 output channels (one a lane); a lane's 16-byte load holds consecutive inputs of its
 // channel and a warp's load is one contiguous 512 bytes:
@@ -15,23 +19,36 @@
 //
 //     BITS  STEP  VECTORS   inside the 16 bytes, lowest bits first
 //      8     16      1      one index a byte
-//      4     32      1      two indices a byte
-//      3    128      3      twelve 32-bit words; of each three words, 5 pairs of 6 bits a word and the
-//                           sixteenth pair from the three words' upper two bits
-//      2     64      1      four indices a byte
+//      4     32      1      a pair of indices a byte
+//      3    128      3      twelve 32-bit words; of each three words, byte k holds in its low 6 bits a pair, and the upper
+//                           2 bits of the three bytes k make a pair of the fourth, virtual word
+//      2     64      1      byte k of a word holds pair k in its low half and pair 4 + k in its high half
 //
-// Both `out` and `in` are padded (to 32 and to STEP); x is zero in the padding.
+// So after at most one mask and shift a *word* is four pairs of indices, one a byte, of 8 consecutive inputs. Both `out` and
+// `in` are padded (to 32 and to STEP); x is zero in the padding.
 //
-// Pair table. For BITS <= 4 a field of 2*BITS bits holds two indices, and the block keeps for each of its channels all
-// 4**BITS pairs of weights as half2 in shared memory: table[pair][lane]. The bank is the lane, so a lookup never
-// conflicts, whatever the indices are, and one 4-byte load yields two exact fp16 weights. For BITS = 8 the
-// table holds one weight as fp32.
+// Pair table. The block keeps for each of its channels all pairs of weights as half2 in shared memory, entry p of a
+// channel at p * STRIDE + 4 * channel. The bank is the lane, so a lookup never conflicts, whatever the indices are, and one
+// 4-byte load yields two exact fp16 weights. With STRIDE 256 the address is one byte-permute: the pair becomes byte 1, the
+// lane is byte 0. (8 bits: a single weight an entry, two lookups make a pair.)
 //
-// Sums. Chains of 4 products in fp16 (two chains to a half2), then fp32; 8-bit sums are fp32 throughout. bf16 and fp32 activations are
-// scaled by a power of two so that the largest lies in [1, 2) before they become fp16, and the scale is undone at the end.
+// Multiply-add on tensor cores, with a B that is diagonal. In mma.m16n8k16 a row of A is spread over the four lanes of a
+// quad (slots of k), but here each lane of the quad is a channel of its own. So x goes into B only where the column (mod 4)
+// is the slot:
+//
+//     A, row g      lane 4g: k 0 1 8 9 | lane 4g+1: k 2 3 10 11 | lane 4g+2: k 4 5 12 13 | lane 4g+3: k 6 7 14 15
+//     B, column n   x[i..i+3] in the k of slot n mod 4, zero elsewhere
+//     D[g][n]       the sum of lane 4g + n mod 4 over these 4 inputs
+//
+// Rows g + 8 of A and columns 4 to 7 are a second stream. CHANNELS 64: rows g + 8 are a second channel of the lane, columns 4
+// to 7 a second row of x. CHANNELS 32: both are the second half of the lane's inputs, and only the two blocks of D on the diagonal
+// are used. An MMA does the work of 4 HFMA2 and 8 conversions a row, sums in fp32, and serves two rows at the price of one.
+//
+// bf16 and fp32 activations are scaled by a power of two so that the largest of a row lies in [1, 2) before they become
+// fp16, and the scale is undone at the end; fp32 is the sum of two such planes, which are two rows here.
 // Warps meet in shared memory in a fixed order, so a result is bit-identical from run to run.
 //
-// Bytes moved per output channel: in*BITS/8 of indices + 2*n_codes of codebook + sizeof(y); x once a block, mostly from L2.
+// Bytes moved per output channel: in*BITS/8 of indices + 2*n_codes of codebook + ROWS*sizeof(y); x once a block, from L2.
 
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
@@ -42,11 +59,23 @@
 #ifndef XTYPE
 #define XTYPE 0
 #endif
-#ifndef AHEAD
-#define AHEAD 2
+#ifndef ROWS
+#define ROWS 1
+#endif
+#ifndef CHANNELS
+#define CHANNELS 32
+#endif
+#ifndef STRIDE
+#define STRIDE 256
 #endif
 #ifndef WARPS
 #define WARPS 32
+#endif
+#ifndef AHEAD
+#define AHEAD 2
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1
 #endif
 
 #if XTYPE == 0
@@ -60,11 +89,24 @@ typedef float xtype;
 constexpr int LANES = 32;
 constexpr int STEP = BITS == 8 ? 16 : BITS == 4 ? 32 : BITS == 3 ? 128 : 64;  // inputs a step
 constexpr int VECTORS = BITS == 3 ? 3 : 1;                                    // 16-byte loads a step and lane
-constexpr int IN_FLIGHT = AHEAD;                                              // steps loaded ahead of their use
+constexpr int TILES = CHANNELS / LANES;
+constexpr int WORDS = STEP / 8;                                   // of 8 inputs, in a lane's step
+constexpr int STREAM_WORDS = TILES == 2 ? WORDS : WORDS / 2;      // that one of the two streams takes
+constexpr int X_STRIDE = TILES == 2 ? 16 : 32;                    // bytes of x from a word of a stream to its next
 constexpr int CODES = 1 << BITS;
-constexpr int TABLE_BYTES = (BITS == 8 ? 256 : CODES * CODES) * 4 * LANES;
-constexpr int X_BELOW = TABLE_BYTES - 6144;  // x of at most so many bytes fits in front of the table
-constexpr int MAX_THREADS = 32 * WARPS;
+constexpr int ENTRIES = BITS == 8 ? CODES : CODES * CODES;
+constexpr int TABLE_BYTES = ENTRIES * STRIDE;
+constexpr int SHARES = (BITS == 8 ? 32 : CODES) * TILES;           // parts of the table, one for a warp at a time
+constexpr int OWN_SHARES = (SHARES + WARPS - 1) / WARPS;
+constexpr int THREADS = LANES * WARPS;
+constexpr int ROUND = WARPS * AHEAD;                              // steps of one turn of all warps
+constexpr int PLANES = XTYPE == 2 ? 2 : 1;
+constexpr int STAGED = ROWS * PLANES;                             // rows of fp16 in shared memory
+constexpr int GROUPS = TILES == 2 ? (STAGED + 1) / 2 : STAGED;    // MMAs for the same A
+constexpr int CHAINS = GROUPS == 1 ? 2 : 1;                        // sums an MMA alternates between, for it waits for its own
+constexpr unsigned TABLE_AT = 2048;                               // shared address of the table, beyond what the system reserves
+constexpr unsigned X_AT = TABLE_AT + TABLE_BYTES;
+constexpr float LOW_PLANE = 1.f / 2048;                           // the second plane of fp32 holds what the first lost, times 2048
 
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -85,221 +127,336 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Weights are read once: keep them out of L1.
+// Weights are read once: keep them out of L1. A relaxed load, because the assembler moves a plain one below `wait_for_previous_kernel`.
 __device__ __forceinline__ uint4 load_once(const uint4* address) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 }
 
-// A lookup costs a shift, one LOP3 and the load: the table lies at a multiple of its own size in the shared address
-// space, so `lane_table` (its address plus 4 * lane) and a field times 128 have no bit in common.
-__device__ __forceinline__ unsigned look_up(unsigned field, unsigned lane_table) {
+// The entry that byte k of `word` names; `own` is 4 * channel. The table's address is part of the instruction.
+__device__ __forceinline__ unsigned look_up(unsigned word, int k, unsigned own) {
+#if STRIDE == 256
+    const unsigned at = __byte_perm(word, own, 0x7604 | k << 4);
+#else
+    const unsigned at = ((k == 0 ? word << 7 : word >> (8 * k - 7)) & 0x7f80) | own;
+#endif
     unsigned entry;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(entry) : "r"(field | lane_table));
+    asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(entry) : "r"(at), "n"(TABLE_AT));
     return entry;
 }
 
-// Eight pairs times sixteen inputs: two chains of four in half2, then fp32. All lookups are issued before the first use.
-__device__ __forceinline__ void multiply_eight(const unsigned field[8], unsigned lane_table, const uint4* x, float2& sum) {
-    unsigned entry[8];
-#pragma unroll
-    for (int k = 0; k < 8; k++) entry[k] = look_up(field[k], lane_table);
-    const __half2* w = reinterpret_cast<const __half2*>(entry);
-    const uint4 xs[2] = {x[0], x[1]};
-    const __half2* x2 = reinterpret_cast<const __half2*>(xs);
-    __half2 first = __hmul2(w[0], x2[0]), second = __hmul2(w[4], x2[4]);
-#pragma unroll
-    for (int k = 1; k < 4; k++) {
-        first = __hfma2(w[k], x2[k], first);
-        second = __hfma2(w[4 + k], x2[4 + k], second);
-    }
-    const float2 a = __half22float2(first), b = __half22float2(second);
-    sum.x += a.x + b.x;
-    sum.y += a.y + b.y;
+// Load 8 inputs on the lanes of the diagonal; on the others `v` stays as it is, zero.
+__device__ __forceinline__ void load_x(uint4& v, unsigned address, bool reads) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"(address), "r"((unsigned)reads));
 }
 
-// Bits [shift, shift + log2(mask / 128 + 1)) of a word, times 128.
-__device__ __forceinline__ unsigned field_of(unsigned word, int shift, unsigned mask) {
-    return (shift < 7 ? word << (7 - shift) : word >> (shift - 7)) & mask;
-}
-
-#if BITS == 4
-__device__ __forceinline__ void multiply_step(const uint4 codes[1], unsigned lane_table, const uint4* x, float2& sum) {
-    const unsigned word[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
-#pragma unroll
-    for (int w = 0; w < 4; w += 2) {
-        unsigned field[8];
-#pragma unroll
-        for (int k = 0; k < 8; k++) field[k] = field_of(word[w + k / 4], 8 * (k % 4), 0x7f80);
-        multiply_eight(field, lane_table, x + w, sum);
-    }
-}
-#elif BITS == 3
-__device__ __forceinline__ void multiply_step(const uint4 codes[3], unsigned lane_table, const uint4* x, float2& sum) {
-    const unsigned word[12] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w, codes[1].x, codes[1].y,
-                               codes[1].z, codes[1].w, codes[2].x, codes[2].y, codes[2].z, codes[2].w};
-#pragma unroll
-    for (int g = 0; g < 4; g++) {  // 32 inputs from three words
-        const unsigned* w = word + 3 * g;
-        unsigned field[16];
-#pragma unroll
-        for (int k = 0; k < 15; k++) field[k] = field_of(w[k / 5], 6 * (k % 5), 0x1f80);
-        field[15] = (w[0] >> 30 << 7) | (w[1] >> 30 << 9) | (w[2] >> 30 << 11);
-        multiply_eight(field, lane_table, x + 4 * g, sum);
-        multiply_eight(field + 8, lane_table, x + 4 * g + 2, sum);
-    }
-}
-#elif BITS == 2
-__device__ __forceinline__ void multiply_step(const uint4 codes[1], unsigned lane_table, const uint4* x, float2& sum) {
-    const unsigned word[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
-#pragma unroll
-    for (int w = 0; w < 4; w++) {
-        unsigned field[8];
-#pragma unroll
-        for (int k = 0; k < 8; k++) field[k] = field_of(word[w], 4 * k, 0x780);
-        multiply_eight(field, lane_table, x + 2 * w, sum);
-    }
-}
+// sums += A B; a0, a2 are row g of A, a1, a3 row g + 8.
+__device__ __forceinline__ void multiply_add(float sums[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
-__device__ __forceinline__ void multiply_step(const uint4 codes[1], unsigned lane_table, const uint4* x, float2& sum) {
-    const unsigned word[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
-    float w[16];
-#pragma unroll
-    for (int k = 0; k < 16; k++)
-        w[k] = __uint_as_float(look_up(field_of(word[k / 4], 8 * (k % 4), 0x7f80), lane_table));
-    const uint4 xs[2] = {x[0], x[1]};
-    const __half2* x2 = reinterpret_cast<const __half2*>(xs);
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-        const float2 wide = __half22float2(x2[k]);
-        sum.x = fmaf(w[2 * k], wide.x, sum.x);
-        sum.y = fmaf(w[2 * k + 1], wide.y, sum.y);
-    }
-}
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(a1), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a2), "r"(a3), "r"(b1));
 #endif
+}
 
-// Fill this lane's column of the table; the warps of the block share the entries.
-__device__ __forceinline__ void build_table(const __half* codebook, int n_codes, char* table_of_lane, int warp, int warps) {
+// Word j of a lane's step as four bytes, each a pair (8 bits: the first half of a word of 8 inputs is `words[2 * j]`).
+__device__ __forceinline__ unsigned word_of(const uint4* codes, int j) {
+    const unsigned* words = reinterpret_cast<const unsigned*>(codes);
+#if BITS == 3
+    const unsigned* w = words + 3 * (j / 4);
+    if (j % 4 < 3) return w[j % 4] & 0x3f3f3f3f;
+    return (w[0] >> 6 & 0x03030303) | (w[1] >> 4 & 0x0c0c0c0c) | (w[2] >> 2 & 0x30303030);
+#elif BITS == 2
+    return words[j / 2] >> (4 * (j % 2)) & 0x0f0f0f0f;
+#else
+    return words[j];
+#endif
+}
+
+// The four pairs of weights of word j.
+__device__ __forceinline__ void look_up_word(const uint4* codes, int j, unsigned own, unsigned pairs[4]) {
 #if BITS == 8
-    if (n_codes % 8 == 0 && (reinterpret_cast<size_t>(codebook) & 15) == 0) {
-        for (int e = 8 * warp; e < n_codes; e += 8 * warps) {
-            const uint4 eight = *reinterpret_cast<const uint4*>(codebook + e);
-            const __half* entry = reinterpret_cast<const __half*>(&eight);
+    unsigned single[8];
 #pragma unroll
-            for (int k = 0; k < 8; k++)
-                *reinterpret_cast<float*>(table_of_lane + (e + k) * 128) = __half2float(entry[k]);
-        }
-    } else {
-        for (int e = warp; e < n_codes; e += warps)
-            *reinterpret_cast<float*>(table_of_lane + e * 128) = __half2float(codebook[e]);
-    }
+    for (int k = 0; k < 8; k++) single[k] = look_up(word_of(codes, 2 * j + k / 4), k % 4, own);
+#pragma unroll
+    for (int k = 0; k < 4; k++) pairs[k] = __byte_perm(single[2 * k], single[2 * k + 1], 0x5410);
+#else
+    const unsigned word = word_of(codes, j);
+#pragma unroll
+    for (int k = 0; k < 4; k++) pairs[k] = look_up(word, k, own);
+#endif
+}
+
+// The entries of one channel that this warp turns into its shares of the table: fetched early, stored later.
+struct Entries {
+#if BITS == 8
+    uint4 eight[OWN_SHARES];
 #else
     alignas(16) __half low[CODES];
-    if (n_codes == CODES && (reinterpret_cast<size_t>(codebook) & (CODES >= 8 ? 15 : 7)) == 0) {
-        if constexpr (CODES >= 8) {
+    __half high[OWN_SHARES];
+#endif
+};
+
+__device__ __forceinline__ __half entry_or_zero(const __half* own, int e, int n_codes) { return e < n_codes ? own[e] : __half(0.f); }
+
+__device__ __forceinline__ void fetch(Entries& entries, const __half* __restrict__ codebook, int tile, int out_features, int n_codes, int warp,
+                                      int lane) {
+    const int channel = min((tile * TILES + warp % TILES) * LANES + lane, out_features - 1);
+    const __half* own = codebook + (size_t)channel * n_codes;
+    const bool wide = n_codes % 8 == 0 && (reinterpret_cast<size_t>(codebook) & 15) == 0;
+#if BITS == 8
 #pragma unroll
-            for (int k = 0; k < CODES / 8; k++)
-                reinterpret_cast<uint4*>(low)[k] = reinterpret_cast<const uint4*>(codebook)[k];
+    for (int i = 0; i < OWN_SHARES; i++) {
+        const int e = 8 * ((warp + i * WARPS) / TILES);
+        if (wide && e < n_codes) {
+            entries.eight[i] = *reinterpret_cast<const uint4*>(own + e);
         } else {
-            *reinterpret_cast<uint2*>(low) = *reinterpret_cast<const uint2*>(codebook);
+            __half* const each = reinterpret_cast<__half*>(&entries.eight[i]);
+#pragma unroll
+            for (int k = 0; k < 8; k++) each[k] = entry_or_zero(own, e + k, n_codes);
         }
+    }
+#else
+    if (CODES >= 8 && wide && n_codes == CODES) {
+#pragma unroll
+        for (int k = 0; k < CODES / 8; k++) reinterpret_cast<uint4*>(entries.low)[k] = reinterpret_cast<const uint4*>(own)[k];
     } else {
 #pragma unroll
-        for (int k = 0; k < CODES; k++) low[k] = k < n_codes ? codebook[k] : __half(0.f);
+        for (int k = 0; k < CODES; k++) entries.low[k] = entry_or_zero(own, k, n_codes);
     }
-    for (int high = warp; high < CODES; high += warps) {
-        const __half second = high < n_codes ? codebook[high] : __half(0.f);
+#pragma unroll
+    for (int i = 0; i < OWN_SHARES; i++) entries.high[i] = entry_or_zero(own, (warp + i * WARPS) / TILES, n_codes);
+#endif
+}
+
+__device__ __forceinline__ void store(const Entries& entries, char* table, int warp, int lane) {
+    char* const column = table + 4 * (warp % TILES * LANES + lane);
+#pragma unroll
+    for (int i = 0; i < OWN_SHARES; i++) {
+        const int share = (warp + i * WARPS) / TILES;
+        if (warp + i * WARPS >= SHARES) break;
+#if BITS == 8
+        const __half* const each = reinterpret_cast<const __half*>(&entries.eight[i]);
+#pragma unroll
+        for (int k = 0; k < 8; k++) *reinterpret_cast<__half2*>(column + (8 * share + k) * STRIDE) = __half2half2(each[k]);
+#else
 #pragma unroll
         for (int k = 0; k < CODES; k++)
-            *reinterpret_cast<__half2*>(table_of_lane + (high * CODES + k) * 128) = __halves2half2(low[k], second);
+            *reinterpret_cast<__half2*>(column + (share * CODES + k) * STRIDE) = __halves2half2(entries.low[k], entries.high[i]);
+#endif
+    }
+}
+
+// The power of two that brings the largest of a row into [1, 2). All threads call; `scratch` holds WARPS floats.
+__device__ __forceinline__ int exponent_of(const xtype* __restrict__ x, int in_features, float* scratch, int warp, int lane) {
+    float largest = 0.f;
+    for (int i = warp * LANES + lane; i < in_features; i += THREADS) largest = fmaxf(largest, fabsf(to_float(x[i])));
+#pragma unroll
+    for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    if (lane == 0) scratch[warp] = largest;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, scratch[w]);
+    __syncthreads();
+    return largest > 0.f && isfinite(largest) ? ilogbf(largest) : 0;
+}
+
+__device__ __forceinline__ void copy_ahead(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
+#else
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Stage inputs [first, first + count) of one row as fp16, zero from in_features on; fp32 as two planes `plane` halves apart.
+// The copies may still be under way: `wait_for_copies`.
+__device__ __forceinline__ void stage_row(const xtype* __restrict__ x, int in_features, int first, int count, __half* staged, int plane,
+                                          int exponent, int thread) {
+#if XTYPE == 0
+    if (in_features % 8 == 0 && (reinterpret_cast<size_t>(x) & 15) == 0) {
+        for (int i = 8 * thread; i < count; i += 8 * THREADS) {
+            if (first + i < in_features) copy_ahead(staged + i, x + first + i);
+            else *reinterpret_cast<uint4*>(staged + i) = make_uint4(0, 0, 0, 0);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = thread; i < count; i += THREADS) staged[i] = first + i < in_features ? x[first + i] : __half(0.f);
+    }
+#else
+    for (int i = thread; i < count; i += THREADS) {
+        const float value = first + i < in_features ? ldexpf(to_float(x[first + i]), -exponent) : 0.f;
+        const __half high = __float2half_rn(value);
+        staged[i] = high;
+        if (PLANES == 2) staged[plane + i] = __float2half_rn((value - __half2float(high)) / LOW_PLANE);
     }
 #endif
 }
 
-// Stage x as fp16 with zeros in the padding; returns what a sum must be multiplied by to undo the scale.
-__device__ __forceinline__ float stage_x(const xtype* __restrict__ x, int in_features, int padded, __half* staged, float* scratch) {
-    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * LANES + threadIdx.x;
-#if XTYPE == 0
-    if (in_features % 8 == 0 && (reinterpret_cast<size_t>(x) & 15) == 0) {
-        const uint4* wide = reinterpret_cast<const uint4*>(x);
-        for (int i = thread; i < padded / 8; i += threads)
-            reinterpret_cast<uint4*>(staged)[i] = i < in_features / 8 ? wide[i] : make_uint4(0, 0, 0, 0);
-    } else {
-        for (int i = thread; i < padded; i += threads) staged[i] = i < in_features ? x[i] : __half(0.f);
-    }
-    return 1.f;
-#else
-    float largest = 0.f;
-    for (int i = thread; i < in_features; i += threads) largest = fmaxf(largest, fabsf(to_float(x[i])));
+// Leave a warp's sums in shared memory: partial [WARPS][STAGED][CHANNELS].
+__device__ __forceinline__ void leave_sums(const float sums[GROUPS][CHAINS][4], float* partial, int warp, int lane) {
+    const int first = 4 * (lane >> 2) + 2 * (lane & 1);  // of two neighbouring channels
+    const bool second = lane >> 1 & 1;                   // whether this lane's columns of D are 4 to 7
 #pragma unroll
-    for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    if (threadIdx.x == 0) scratch[threadIdx.y] = largest;
-    __syncthreads();
-    for (int w = 0; w < blockDim.y; w++) largest = fmaxf(largest, scratch[w]);
-    int exponent = 0;
-    if (largest > 0.f && isfinite(largest)) exponent = ilogbf(largest);
-    for (int i = thread; i < padded; i += threads)
-        staged[i] = __float2half_rn(i < in_features ? ldexpf(to_float(x[i]), -exponent) : 0.f);
-    __syncthreads();  // scratch is used again for the sums
-    return ldexpf(1.f, exponent);
-#endif
+    for (int n = 0; n < GROUPS; n++) {
+        float own[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) own[c] = CHAINS == 2 ? sums[n][0][c] + sums[n][CHAINS - 1][c] : sums[n][0][c];
+        if (TILES == 2) {
+            const int row = 2 * n + second;
+            if (row < STAGED)
+#pragma unroll
+                for (int c = 0; c < 4; c++) partial[(warp * STAGED + row) * CHANNELS + 32 * (c / 2) + first + c % 2] = own[c];
+        } else {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float both = second ? own[2 + c] : own[c];
+                both += __shfl_xor_sync(~0u, both, 2);
+                if (!second) partial[(warp * STAGED + n) * CHANNELS + first + c] = both;
+            }
+        }
+    }
+}
+
+// One result of the block from all its warps, the planes of fp32 put together.
+__device__ __forceinline__ float sum_of_warps(const float* partial, int row, int channel) {
+    float total = 0.f;
+#pragma unroll
+    for (int plane = PLANES - 1; plane >= 0; plane--) {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += partial[(w * STAGED + row * PLANES + plane) * CHANNELS + channel];
+        total += plane ? sum * LOW_PLANE : sum;
+    }
+    return total;
 }
 
 // codes     [out/32][steps][VECTORS][32] of 16 bytes, as pictured above
 // codebook  fp16 [out_features, n_codes]
-// x         [in_features]; bias [out_features] or null; y [out_features]
-// grid      ceil(out_features / 32) blocks of (32, warps) threads
-// shared    2*TABLE_BYTES, the first for alignment, and 2*steps*STEP bytes more where x does not fit in front of the table
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
+// x         [ROWS, in_features]; bias [out_features] or null; residual [ROWS, out_features] or null; y [ROWS, out_features]
+// rounds    turns that all warps take through the inputs: ceil(steps / (WARPS * AHEAD)); panel: those whose x is in shared memory at once
+// grid      ceil(out_features / CHANNELS) blocks of (32, WARPS) threads
+// shared    TABLE_AT + TABLE_BYTES + STAGED * (2 * STEP * ROUND * panel + 64) + 4 * WARPS * STAGED * CHANNELS + 4 * ROWS
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebook, const xtype* __restrict__ x,
-              const xtype* __restrict__ bias, xtype* __restrict__ y, int in_features, int out_features, int steps, int n_codes) {
-    extern __shared__ __align__(16) char shared[];
-    __shared__ float partial[MAX_THREADS / LANES][LANES];
-    const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-    const int channel = blockIdx.x * LANES + lane;
-    const unsigned base = (unsigned)__cvta_generic_to_shared(shared);
-    const unsigned table_at = (base + TABLE_BYTES - 1) / TABLE_BYTES * TABLE_BYTES;
-    const unsigned lane_table = table_at + 4 * lane;
-    char* table = shared + (table_at - base);
-    const bool x_below = 2 * steps * STEP <= X_BELOW;
-    __half* staged = reinterpret_cast<__half*>(x_below ? shared : table + TABLE_BYTES);
+              const xtype* __restrict__ bias, const xtype* __restrict__ residual, xtype* __restrict__ y, int in_features,
+              int out_features, int steps, int n_codes, int rounds, int panel) {
+    extern __shared__ __align__(16) char dynamic_shared[];
+    const unsigned start = (unsigned)__cvta_generic_to_shared(dynamic_shared);
+    if (start > TABLE_AT) __trap();
+    char* const table = dynamic_shared + (TABLE_AT - start);
+    const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * LANES + lane, tile = blockIdx.x;
     allow_next_kernel();
+    Entries entries;
+    fetch(entries, codebook, tile, out_features, n_codes, warp, lane);
+    constexpr int STEP_VECTORS = VECTORS * LANES;
+    const size_t to_other = TILES == 2 && (2 * tile + 1) * LANES < out_features ? (size_t)steps * STEP_VECTORS : 0;
+    const uint4* next = codes + (size_t)tile * TILES * steps * STEP_VECTORS + warp * STEP_VECTORS + lane;
+    int left = steps - warp;  // steps from `next` to the end of the tile
+    uint4 ahead[AHEAD][TILES][VECTORS];
+    const auto load = [&](int k) {
+        if (k * WARPS < left)
+#pragma unroll
+            for (int s = 0; s < TILES; s++)
+#pragma unroll
+                for (int v = 0; v < VECTORS; v++) ahead[k][s][v] = load_once(next + (s ? to_other : 0) + k * WARPS * STEP_VECTORS + v * LANES);
+    };
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) load(k);
 
-    const uint4* column = codes + (size_t)blockIdx.x * steps * VECTORS * LANES + lane;
-    uint4 ahead[IN_FLIGHT][VECTORS];
-#pragma unroll
-    for (int k = 0; k < IN_FLIGHT; k++) {
-        const int step = warp + k * warps;
-        if (step < steps)
-#pragma unroll
-            for (int v = 0; v < VECTORS; v++) ahead[k][v] = load_once(column + ((size_t)step * VECTORS + v) * LANES);
-    }
-    build_table(codebook + (size_t)min(channel, out_features - 1) * n_codes, n_codes, table + 4 * lane, warp, warps);
+    __half* const staged = reinterpret_cast<__half*>(table + TABLE_BYTES);
+    const int pitch = panel * ROUND * STEP + 32;  // halves from one staged row to the next: 64 bytes more, for other banks
+    float* const partial = reinterpret_cast<float*>(staged + STAGED * pitch);
     wait_for_previous_kernel();
-    const float scale = stage_x(x, in_features, steps * STEP, staged, partial[0]);
+    int* const exponents = reinterpret_cast<int*>(partial + WARPS * STAGED * CHANNELS);  // [ROWS]; of fp16 none
+    if (XTYPE != 0)
+        for (int r = 0; r < ROWS; r++) {
+            const int exponent = exponent_of(x + (size_t)r * in_features, in_features, partial, warp, lane);
+            if (thread == 0) exponents[r] = exponent;
+        }
+    if (XTYPE != 0) __syncthreads();
+    const auto stage = [&](int from_round) {
+        const int first = from_round * ROUND * STEP, count = min(panel, rounds - from_round) * ROUND * STEP;
+#pragma unroll 1
+        for (int r = 0; r < ROWS; r++)
+            stage_row(x + (size_t)r * in_features, in_features, first, count, staged + r * PLANES * pitch, pitch, XTYPE == 0 ? 0 : exponents[r], thread);
+    };
+    stage(0);
+    store(entries, table, warp, lane);
+    wait_for_copies();
     __syncthreads();
 
-    float2 sum = {0.f, 0.f};
-    for (int first = warp; first < steps; first += IN_FLIGHT * warps) {
+    const int second = lane >> 4;                               // whether this lane's columns of B are 4 to 7
+    const bool diagonal = (lane >> 2 & 3) == (lane & 3);
+    unsigned x_at[GROUPS];                                      // shared address of this lane's x for the warp's next step
+    bool reads[GROUPS];
+    const auto to_panel_start = [&] {
 #pragma unroll
-        for (int k = 0; k < IN_FLIGHT; k++) {
-            const int step = first + k * warps, next = step + IN_FLIGHT * warps;
-            if (step >= steps) break;
-            multiply_step(ahead[k], lane_table, reinterpret_cast<const uint4*>(staged + step * STEP), sum);
-            if (next < steps)
-#pragma unroll
-                for (int v = 0; v < VECTORS; v++) ahead[k][v] = load_once(column + (next * VECTORS + v) * LANES);
+        for (int n = 0; n < GROUPS; n++) {
+            const int row = TILES == 2 ? 2 * n + second : n;
+            reads[n] = diagonal && row < STAGED;
+            x_at[n] = X_AT + 2 * (row * pitch + warp * STEP + (TILES == 2 ? 0 : 8 * second));
         }
+    };
+    to_panel_start();
+    uint4 inputs[2] = {};                                       // of B, in turns
+    float sums[GROUPS][CHAINS][4] = {};
+    for (int round = 0, in_panel = 0; round < rounds; round++, in_panel++) {
+        if (in_panel == panel) {
+            in_panel = 0;
+            __syncthreads();
+            stage(round);
+            wait_for_copies();
+            __syncthreads();
+            to_panel_start();
+        }
+        const int here = left;
+        next += ROUND * STEP_VECTORS;
+        left -= ROUND;
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (k * WARPS >= here) break;
+#pragma unroll
+            for (int j = 0; j < STREAM_WORDS; j++) {
+                unsigned first[4], other[4];
+                look_up_word(ahead[k][0], TILES == 2 ? j : 2 * j, 4 * lane, first);
+                look_up_word(ahead[k][TILES - 1], TILES == 2 ? j : 2 * j + 1, 4 * (lane + (TILES - 1) * LANES), other);
+#pragma unroll
+                for (int n = 0; n < GROUPS; n++) {
+                    uint4& b = inputs[(j * GROUPS + n) % 2];
+                    load_x(b, x_at[n] + 2 * STEP * WARPS * k + X_STRIDE * j, reads[n]);
+                    multiply_add(sums[n][0], first[0], other[0], first[1], other[1], b.x, b.y);
+                    multiply_add(sums[n][CHAINS - 1], first[2], other[2], first[3], other[3], b.z, b.w);
+                }
+            }
+            load(k);
+        }
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++) x_at[n] += 2 * STEP * ROUND;
     }
-    partial[warp][lane] = sum.x + sum.y;
+
+    leave_sums(sums, partial, warp, lane);
     __syncthreads();
-    if (warp == 0 && channel < out_features) {
-        float total = 0.f;
-        for (int w = 0; w < warps; w++) total += partial[w][lane];
-        total *= scale;
+    for (int at = thread; at < ROWS * CHANNELS; at += THREADS) {
+        const int row = at / CHANNELS, channel = tile * CHANNELS + at % CHANNELS;
+        if (channel >= out_features) continue;
+        float total = sum_of_warps(partial, row, at % CHANNELS);
+        if (XTYPE != 0) total = ldexpf(total, exponents[row]);
         if (bias) total += to_float(bias[channel]);
-        from_float(total, y + channel);
+        const size_t place = (size_t)row * out_features + channel;
+        if (residual) total += to_float(residual[place]);
+        from_float(total, y + place);
     }
 }

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trapetum import cpu, cuda, formats, ops
+from trapetum import build, cpu, cuda, formats, ops
 from trapetum.formats import FormatError, pack
+from trapetum.linear import CodebookLinear
 
 OUT, IN = 70, 130
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -225,3 +226,92 @@ def test_a_program_with_an_unwritable_cache_runs_warns_once_and_leaves_nothing(t
     assert done.stderr.count("set TRAPETUM_CACHE") == 1 and str(wall) in done.stderr
     used = Path(done.stdout.strip())
     assert used.suffix == ".so" and not used.parent.exists()
+
+
+# --- the CUDA layout (no GPU needed) -------------------------------------------------------------------------------
+
+
+def misaligned(packed):
+    room = torch.empty(packed.numel() + 32, dtype=torch.uint8)
+    start = -room.data_ptr() % 16 + 1
+    return room[start : start + packed.numel()].view(packed.shape)
+
+
+LAYOUT = {
+    "codes of int64": (lambda i, p: cuda.pack(i.long(), 4), ["int64", "uint8"]),
+    "one row of codes": (lambda i, p: cuda.pack(i[0], 4), ["[130]", "out_features"]),
+    "no codes": (lambda i, p: cuda.pack(i[:, :0], 4), ["[70, 0]", "non-empty"]),
+    "a code out of range": (lambda i, p: cuda.pack(i.fill_(16), 4), ["16", "15"]),
+    "5 bits": (lambda i, p: cuda.pack(i, 5), ["5", "2, 3, 4, 8"]),
+    "packed int32": (lambda i, p: cuda.unpack(p.int(), OUT, IN, 4), ["int32", "uint8"]),
+    "packed too few": (
+        lambda i, p: cuda.unpack(p[:2], OUT, IN, 4),
+        ["[2, 5, 1, 32, 16]", "[3, 5, 1, 32, 16]"],
+    ),
+    "packed of other bits": (
+        lambda i, p: cuda.unpack(p, OUT, IN, 8),
+        ["[3, 5, 1, 32, 16]", "[3, 9, 1, 32, 16]"],
+    ),
+    "packed rows": (lambda i, p: cuda.unpack(weight().codes, OUT, IN, 4), ["[70, 65]", "cuda.pack"]),
+    "packed strided": (
+        lambda i, p: cuda.unpack(p.repeat_interleave(2, -1)[..., ::2], OUT, IN, 4),
+        ["contiguous", "clone"],
+    ),
+    "packed misaligned": (lambda i, p: cuda.unpack(misaligned(p), OUT, IN, 4), ["1 bytes behind", "clone"]),
+}
+
+
+@pytest.mark.parametrize(("action", "words"), LAYOUT.values(), ids=LAYOUT)
+def test_cuda_layout(action, words):
+    codes = torch.zeros(OUT, IN, dtype=torch.uint8)
+    refused(lambda: action(codes, cuda.pack(codes, 4)), *words)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda codes: codes[:2], ["[2, 5, 1, 32, 16]"]),
+        (lambda codes: codes.int(), ["int32"]),
+        (lambda codes: codes.repeat_interleave(2, -1)[..., ::2], ["contiguous"]),
+    ],
+)
+def test_operator_with_cuda_codes_that_do_not_fit(change, words):
+    stored = weight(device="cuda")
+    codes, x = change(ops.to_layout(stored, "cuda")), torch.randn(IN, device="cuda")
+    refused(lambda: ops.codebook_gemv(x, codes, stored.codebook, None, IN, 4), *words)
+
+
+@pytest.mark.gpu
+def test_operator_with_a_bias_on_another_device():
+    stored = weight(device="cuda")
+    codes, x = ops.to_layout(stored, "cuda"), torch.randn(IN, device="cuda")
+    refused(
+        lambda: ops.codebook_gemv(x, codes, stored.codebook, torch.randn(OUT), IN, 4), "bias on cpu", "move"
+    )
+
+
+# --- the layer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.randn(IN + 1), ["[131]", "130"]),
+        (torch.randn(2, 65), ["[2, 65]", "130"]),  # as many numbers as one row
+        (torch.randn(4, IN + 1), ["[4, 131]", "130"]),
+        (torch.tensor(1.0), ["[]", "130"]),
+        (torch.ones(IN, dtype=torch.long), ["int64"]),
+        (torch.ones(2, IN, dtype=torch.long), ["int64"]),
+    ],
+)
+def test_layer(x, words):
+    refused(lambda: CodebookLinear.from_weight(weight())(x), *words)
+
+
+def test_a_driver_older_than_nvrtc_turns_the_kernels_off(monkeypatch):
+    on_a_card(monkeypatch, "NVIDIA H100", (9, 0))
+    monkeypatch.setattr(build, "nvrtc_version", lambda: (13, 5))
+    monkeypatch.setattr(build, "driver_version", lambda: (12, 8))
+    said = cuda.why_not()
+    assert said.endswith(".") and all(word in said for word in ("12.8", "13.5", "driver"))

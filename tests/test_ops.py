@@ -46,10 +46,16 @@ def test_layout_and_dense_matrix_round_trip(device, bits):
     assert torch.equal(dense, weight.dequantize(torch.float32))
 
 
-def test_leading_dimensions_are_kept():
-    weight, codes, x = make("cpu")
-    y = ops.codebook_gemv(x.view(1, 1, -1), codes, weight.codebook, None, 130, 4)
-    assert y.shape == (1, 1, 70)
+@pytest.mark.parametrize("device", DEVICES)
+def test_leading_dimensions_are_kept_and_rows_are_independent(device):
+    weight, codes, x = make(device)
+    rows = torch.randn(2, 3, 130, device=device)
+    y = ops.codebook_gemv(rows, codes, weight.codebook, None, 130, 4)
+    assert y.shape == (2, 3, 70)
+    for i, j in ((0, 0), (1, 2)):
+        expected = ops.reference_gemv(rows[i, j], weight)
+        assert (y[i, j].double() - expected).norm() <= 1e-3 * expected.norm()
+    assert ops.codebook_gemv(x.view(1, 1, -1), codes, weight.codebook, None, 130, 4).shape == (1, 1, 70)
 
 
 def test_non_contiguous_input():
@@ -63,7 +69,7 @@ def test_non_contiguous_input():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.randn(2, 130)}, r"one row of 130 inputs, and x has shape \[2, 130\]"),
+        ({"x": torch.randn(3, 3, 130)}, r"1 to 8 rows of 130 inputs, and x has shape \[3, 3, 130\]"),
         ({"x": torch.randn(129)}, r"x has shape \[129\]"),
         ({"x": torch.randn(130).double()}, "not torch.float64"),
         ({"codebook": torch.randn(70, 16)}, r"must be float16 .* not torch.float32 \[70, 16\]"),

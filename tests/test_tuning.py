@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from trapetum import cuda, plans, shapes, timing, tuning
+from trapetum import cuda, gemv_plans, plans, shapes, timing, tuning
 from trapetum.cli import app
 
 CASE = tuning.Case(4096, 4096, 4)
@@ -141,17 +140,12 @@ def test_the_matrices_of_a_model_are_alone_and_fused():
 def test_winners_are_stored_under_the_key_that_the_kernel_looks_up(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAPETUM_CACHE", str(tmp_path))
     plans.forget()
-    fakes = {
-        "why_not": lambda: "",
-        "plan_for": lambda out_features, bits, sms, rows: Plan(sms),
-        "candidates": lambda in_features, out_features, bits, rows, sms: [Plan(16), Plan(sms)],
-        "plan_key": lambda device, *sizes: plans.Key(f"card {device}", "sha", *sizes),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(cuda, name, fake, raising=False)
+    monkeypatch.setattr(cuda, "why_not", lambda: "")
+    monkeypatch.setattr(cuda, "room_of", lambda device: 32)
+    monkeypatch.setattr(cuda, "plan_key", lambda device, *sizes: plans.Key(f"card {device}", "sha", *sizes))
+    monkeypatch.setattr(gemv_plans, "plan_for", lambda *sizes: Plan(sizes[-1]))
+    monkeypatch.setattr(gemv_plans, "candidates", lambda *sizes: [Plan(16), Plan(sizes[-1])])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    properties = SimpleNamespace(multi_processor_count=32)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     fast = {32: steady(10.0), 16: steady(9.0)}
     monkeypatch.setattr(tuning, "CudaProduct", lambda case: Made(fast))
     assert (

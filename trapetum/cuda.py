@@ -1,20 +1,19 @@
 """The CUDA side of the codebook kernels: their packed layout, their launch shapes, and a function for each."""
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from trapetum import build, plans
+from trapetum.gemv_plans import LANES, STEP, Plan, Room, memory, plan_for
 from trapetum.launch import integer, kernel, pointer
 
 SOURCE = "codebook_gemv.cu"
 DEQUANTIZE_SOURCE = "codebook_dequantize.cu"
 READ_SOURCE = "read_bandwidth.cu"
 
-LANES = 32
-STEP = {8: 16, 4: 32, 3: 128, 2: 64}  # inputs a step; the layout is pictured in kernels/codebook_gemv.cu
-TABLE_BYTES = {8: 256 * 128, 4: 256 * 128, 3: 64 * 128, 2: 16 * 128}
+MAX_ROWS = 8  # of x in one launch
 _DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MINIMUM_CAPABILITY = (7, 5)
 
@@ -35,7 +34,7 @@ def why_not() -> str:
         from cuda.bindings import driver, nvrtc  # noqa: F401
     except ImportError as error:
         return f"{error.name} is not installed; install it with `pip install 'trapetum[gpu]'`."
-    return ""
+    return build.why_not()
 
 
 @cache
@@ -62,25 +61,21 @@ def _tiles(indices: torch.Tensor, bits: int) -> torch.Tensor:
     return padded.view(rows // LANES, LANES, steps, step).permute(0, 2, 1, 3)
 
 
-def _pack_bytes(tiles: torch.Tensor, bits: int) -> torch.Tensor:
-    per_byte = 8 // bits
-    fields = tiles.reshape(*tiles.shape[:3], 16, per_byte)
-    packed = torch.zeros(fields.shape[:-1], dtype=torch.uint8, device=tiles.device)
-    for k in range(per_byte):
-        packed |= fields[..., k] << (bits * k)
-    return packed.unsqueeze(2)
+def _pairs(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    """[..., STEP] -> [..., STEP/2]: two indices in one byte, the first in its low bits."""
+    pairs = tiles.unflatten(-1, (-1, 2))
+    return pairs[..., 0] | pairs[..., 1] << bits
+
+
+def _pack_two(tiles: torch.Tensor) -> torch.Tensor:
+    halves = _pairs(tiles, 2).unflatten(-1, (4, 2, 4))  # [..., word, half of a byte, byte]
+    return halves[..., 0, :] | halves[..., 1, :] << 4
 
 
 def _pack_three(tiles: torch.Tensor) -> torch.Tensor:
-    fields = tiles.reshape(*tiles.shape[:3], 4, 16, 2).to(torch.int32)
-    pairs = fields[..., 0] | fields[..., 1] << 3  # [tiles, steps, lanes, 4 groups, 16 pairs] of 6 bits
-    words = torch.zeros(*pairs.shape[:4], 3, dtype=torch.int32, device=tiles.device)
-    for k in range(15):
-        words[..., k // 5] |= pairs[..., k] << (6 * (k % 5))
-    for w in range(3):
-        words[..., w] |= (pairs[..., 15] >> (2 * w) & 3) << 30
-    vectors = words.reshape(*words.shape[:3], 3, 4).permute(0, 1, 3, 2, 4).contiguous()
-    return vectors.view(torch.uint8)
+    words = _pairs(tiles, 3).unflatten(-1, (4, 4, 4))  # [..., group, word, byte]
+    fourth = words[..., 3, :]
+    return torch.stack([words[..., v, :] | (fourth >> (2 * v) & 3) << 6 for v in range(3)], -2)
 
 
 def pack(indices: torch.Tensor, bits: int) -> torch.Tensor:
@@ -92,29 +87,74 @@ def pack(indices: torch.Tensor, bits: int) -> torch.Tensor:
 
     Returns:
         uint8 [ceil(out/32), steps, vectors, 32, 16], zero in the padding.
+
+    Raises:
+        ValueError: wrong dtype, shape or bits, or a code out of range.
     """
+    _check_bits(bits)
+    if indices.dtype != torch.uint8 or indices.dim() != 2 or 0 in indices.shape:
+        raise ValueError(
+            f"the codes must be a non-empty uint8 [out_features, in_features], not {indices.dtype} {list(indices.shape)}."
+        )
+    if int(indices.max()) >= 2**bits:
+        raise ValueError(f"a code is {int(indices.max())}, but {bits}-bit codes end at {2**bits - 1}.")
     tiles = _tiles(indices, bits)
-    return (_pack_three(tiles) if bits == 3 else _pack_bytes(tiles, bits)).contiguous()
+    if bits == 8:
+        lanes = tiles
+    elif bits == 4:
+        lanes = _pairs(tiles, 4)
+    else:
+        lanes = (_pack_three if bits == 3 else _pack_two)(tiles)
+    vectors = lanes.reshape(*tiles.shape[:3], -1, 16)  # [tiles, steps, lanes, vectors, 16]
+    return vectors.transpose(2, 3).contiguous()
 
 
-def _unpack_three(packed: torch.Tensor) -> torch.Tensor:
-    tiles, steps = packed.shape[:2]
-    words = packed.contiguous().view(torch.int32).permute(0, 1, 3, 2, 4).reshape(tiles, steps, LANES, 4, 3)
-    pairs = [words[..., k // 5] >> (6 * (k % 5)) & 63 for k in range(15)]
-    upper = [words[..., w] >> 30 & 3 for w in range(3)]
-    pairs.append(upper[0] | upper[1] << 2 | upper[2] << 4)
-    fields = torch.stack(pairs, -1)
-    return torch.stack([fields & 7, fields >> 3 & 7], -1).to(torch.uint8).reshape(tiles, steps, LANES, 128)
+def _unpack_three(words: torch.Tensor) -> torch.Tensor:
+    words = words.unflatten(-1, (4, 3, 4))
+    fourth = sum((words[..., v, :] >> 6) << (2 * v) for v in range(3))
+    return torch.cat([words & 63, fourth.unsqueeze(-2)], -2).flatten(-3)
+
+
+def _unpack_two(words: torch.Tensor) -> torch.Tensor:
+    words = words.unflatten(-1, (4, 4))
+    return torch.stack([words & 15, words >> 4], -2).flatten(-3)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in STEP:
+        raise ValueError(
+            f"bits is {bits}; the CUDA kernels have layouts for {', '.join(map(str, sorted(STEP)))} bits."
+        )
+
+
+def check_packed(packed: torch.Tensor, out_features: int, in_features: int, bits: int) -> None:
+    """Raise ValueError if `packed` is not what `pack` makes of such a weight: the kernel would read past its end."""
+    _check_bits(bits)
+    need = (-(-out_features // LANES), steps_for(in_features, bits), STEP[bits] * bits // 128, LANES, 16)
+    if packed.dtype != torch.uint8 or packed.shape != need:
+        raise ValueError(
+            f"packed codes of a {bits}-bit [{out_features}, {in_features}] weight must be uint8 {list(need)} as "
+            f"cuda.pack makes them, not {packed.dtype} {list(packed.shape)}."
+        )
+    if not packed.is_contiguous() or packed.data_ptr() % 16:
+        raise ValueError(
+            f"packed codes must be contiguous and start at a multiple of 16 bytes; their strides are "
+            f"{list(packed.stride())} and they start {packed.data_ptr() % 16} bytes behind one, so clone them."
+        )
 
 
 def unpack(packed: torch.Tensor, out_features: int, in_features: int, bits: int) -> torch.Tensor:
-    """Undo `pack`: uint8 [out_features, in_features]."""
-    if bits == 3:
-        tiles = _unpack_three(packed)
-    else:
-        fields = [packed >> (bits * k) & (2**bits - 1) for k in range(8 // bits)]
-        tiles = torch.stack(fields, -1).reshape(*packed.shape[:2], LANES, STEP[bits])
-    rows = tiles.permute(0, 2, 1, 3).reshape(packed.shape[0] * LANES, -1)
+    """Undo `pack`: uint8 [out_features, in_features].
+
+    Raises:
+        ValueError: `packed` is not of such a weight.
+    """
+    check_packed(packed, out_features, in_features, bits)
+    lanes = packed.transpose(2, 3).flatten(-2)  # [tiles, steps, lanes, bytes]
+    if bits != 8:
+        pairs = {4: lambda p: p, 3: _unpack_three, 2: _unpack_two}[bits](lanes)
+        lanes = torch.stack([pairs & (2**bits - 1), pairs >> bits], -1).flatten(-2)
+    rows = lanes.transpose(1, 2).reshape(packed.shape[0] * LANES, -1)
     return rows[:out_features, :in_features].contiguous()
 
 
@@ -122,50 +162,33 @@ def unpack(packed: torch.Tensor, out_features: int, in_features: int, bits: int)
 
 
 @cache
-def _limits(device: int) -> tuple[int, int]:
-    """Multiprocessors, and the most dynamic shared memory a block may ask for, in bytes."""
+def room_of(device: int) -> Room:
+    """The `Room` of the CUDA device with this index."""
     properties = torch.cuda.get_device_properties(device)
-    optin = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return properties.multi_processor_count, optin - 4096  # the kernel's own static shared memory
+    a_block = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    whole = getattr(properties, "shared_memory_per_multiprocessor", a_block)
+    return Room(properties.multi_processor_count, a_block, whole)
 
 
-def shared_bytes_for(in_features: int, bits: int) -> int:
-    """Dynamic shared memory of one `codebook_gemv` block, in bytes.
-
-    The pair table lies at a multiple of its size, and x in front of it where it fits, else behind it.
-    """
-    x_bytes, table_bytes = 2 * steps_for(in_features, bits) * STEP[bits], TABLE_BYTES[bits]
-    return 2 * table_bytes + (0 if x_bytes <= table_bytes - 6144 else x_bytes)
-
-
-def fits(in_features: int, bits: int, device: int = 0) -> bool:
-    """Whether x of `in_features` and the table fit one block's shared memory on this device."""
-    return shared_bytes_for(in_features, bits) <= _limits(device)[1]
+@cache
+def _tuned_for(device: int) -> tuple[str, str]:
+    """What a stored launch shape belongs to: the device and the kernel's source."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = properties.major, properties.minor
+    name = plans.device_name(properties.name, properties.multi_processor_count, capability)
+    return name, build.source_sha256(SOURCE)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A launch shape of `codebook_gemv`: warps a block, and steps a warp has in flight."""
-
-    warps: int
-    ahead: int
-
-    @property
-    def defines(self) -> tuple[str, str]:
-        """What the source is compiled with."""
-        return f"WARPS={self.warps}", f"AHEAD={self.ahead}"
+def plan_key(device: int, in_features: int, out_features: int, bits: int, rows: int = 1) -> plans.Key:
+    """Under what the tuned launch shape of a product is stored (`trapetum tune`)."""
+    return plans.Key(*_tuned_for(device), in_features, out_features, bits, rows)
 
 
-# Where every multiprocessor gets at most one block, that block alone must keep enough loads in flight; where it
-# gets several, smaller ones overlap each other's start and end. Chosen from a sweep over 7 shapes on an H100.
-_ONE_BLOCK_EACH = {8: Plan(32, 2), 4: Plan(32, 2), 3: Plan(32, 1), 2: Plan(32, 2)}
-_SEVERAL_EACH = {8: Plan(16, 3), 4: Plan(16, 3), 3: Plan(8, 2), 2: Plan(8, 4)}
-
-
-def plan_for(out_features: int, bits: int, sms: int) -> Plan:
-    """The launch shape for a matrix of `out_features` on a device of `sms` multiprocessors."""
-    several = -(-out_features // LANES) > sms
-    return (_SEVERAL_EACH if several else _ONE_BLOCK_EACH)[bits]
+def _plan(x: torch.Tensor, in_features: int, out_features: int, bits: int, rows: int) -> Plan:
+    """The tuned launch shape if there is one (they are tuned in fp16), or the default."""
+    device, wide = x.get_device(), x.dtype == torch.float32
+    tuned = None if wide else plans.load_as(Plan, plan_key(device, in_features, out_features, bits, rows))
+    return tuned or plan_for(in_features, out_features, bits, rows * (1 + wide), room_of(device))
 
 
 def gemv(
@@ -178,37 +201,51 @@ def gemv(
     out: torch.Tensor | None = None,
     pdl: bool = False,
     plan: Plan | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = dequantized @ x + bias, decoded inside the multiply.
+    """y = x @ dequantized.T + bias + residual, decoded inside the multiply.
 
     Args:
-        x: fp16, bf16 or fp32 [in_features], contiguous, on a CUDA device.
+        x: fp16, bf16 or fp32 [in_features] or [rows, in_features] with 1 to `MAX_ROWS` rows, contiguous, on a CUDA device.
         codes: uint8, as `pack` made it.
         codebook: fp16 [out_features, n_codes].
         in_features: inputs without padding.
         bits: 8, 4, 3 or 2.
         bias: [out_features] in x's dtype, or None.
-        out: where to write, [out_features] in x's dtype; made when None.
+        out: where to write, [out_features] or [rows, out_features] in x's dtype; made when None.
         pdl: let this launch overlap the kernel before it. Only where no kernel before it in the stream writes `codes`,
             `codebook`, since those are read before the wait. Ignored below sm_90.
         plan: launch shape; None picks by shape and device.
+        residual: what is added to the result, shaped like it and in x's dtype, or None.
 
     Returns:
-        [out_features] in x's dtype.
+        [out_features], or [rows, out_features] for a two-dimensional x, in x's dtype.
     """
     device = x.get_device()
     out_features, n_codes = codebook.shape
-    steps = steps_for(in_features, bits)
-    plan = plan or plan_for(out_features, bits, _limits(device)[0])
+    rows = x.numel() // in_features
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"one launch multiplies 1 to {MAX_ROWS} rows of x, not {rows}.")
+    plan = plan or _plan(x, in_features, out_features, bits, rows)
+    staged, limit = rows * (2 if x.dtype == torch.float32 else 1), room_of(device).a_block
+    panel, shared_bytes = memory(plan, in_features, bits, staged, limit)
+    if not panel:
+        raise ValueError(
+            f"{plan} with {rows} rows needs more than the {limit} bytes of shared memory a block has here."
+        )
     function = kernel(
-        SOURCE, "codebook_gemv", (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}", *plan.defines), device
+        SOURCE,
+        "codebook_gemv",
+        (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}", f"ROWS={rows}", *plan.defines),
+        device,
     )
     if out is None:
-        out = torch.empty(out_features, dtype=x.dtype, device=x.device)
-    arguments = [pointer(t) for t in (codes, codebook, x, bias, out)]
-    arguments += [integer(v) for v in (in_features, out_features, steps, n_codes)]
-    grid, block = (-(-out_features // LANES), 1, 1), (LANES, min(plan.warps, steps), 1)
-    function.launch(grid, block, shared_bytes_for(in_features, bits), arguments, pdl)
+        out = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+    arguments = [pointer(t) for t in (codes, codebook, x, bias, residual, out)]
+    sizes = (in_features, out_features, steps_for(in_features, bits), n_codes)
+    arguments += [integer(v) for v in (*sizes, plan.rounds(in_features, bits), panel)]
+    grid = (-(-out_features // plan.channels), 1, 1)
+    function.launch(grid, (LANES, plan.warps, 1), shared_bytes, arguments, pdl)
     return out
 
 
@@ -258,6 +295,6 @@ def read(buffer: torch.Tensor, pdl: bool = False) -> None:
     device = buffer.get_device()
     vectors = buffer.numel() * buffer.element_size() // 16
     function = kernel(READ_SOURCE, "read_bytes", (), device)
-    blocks = max(1, min(2 * _limits(device)[0], -(-vectors // 1024)))  # the fastest of a sweep on an H100
+    blocks = max(1, min(2 * room_of(device).sms, -(-vectors // 1024)))  # the fastest of a sweep on an H100
     arguments = [pointer(buffer), (vectors, ctypes.c_uint64), pointer(_sink(device))]
     function.launch((blocks, 1, 1), (1024, 1, 1), 0, arguments, pdl)

@@ -257,25 +257,25 @@ def gemv(
     return out
 
 
-def defines(rung: Rung, out_features: int = 4096, sms: int = 132) -> tuple[str, ...]:
-    """What the rung's source is compiled with; only the last rung has variants, by the number of outputs and of SMs."""
+def defines(rung: Rung, out_features: int = 4096) -> tuple[str, ...]:
+    """What the rung's source is compiled with; only the last rung has variants, by the number of outputs."""
     if rung.name != PRODUCT:
         return ()
-    return f"BITS={BITS}", "XTYPE=0", "ROWS=1", *cuda.plan_for(out_features, BITS, sms).defines
+    return f"BITS={BITS}", "XTYPE=0", "ROWS=1", *cuda.plan_for(4096, out_features, BITS).defines
 
 
-def inner_loop(rung: Rung, arch: str, out_features: int = 4096, sms: int = 132) -> disassembly.Loop:
+def inner_loop(rung: Rung, arch: str, out_features: int = 4096) -> disassembly.Loop:
     """The machine instructions of the loop over the codes. Compiles if need be; needs no GPU.
 
     Args:
         arch: e.g. `sm_90`.
-        out_features, sms: for the last rung's launch shape.
+        out_features: for the last rung's launch shape.
 
     Raises:
         BuildError: the source cannot be compiled here.
         DisassemblyError: there is no nvdisasm.
     """
-    cubin = build.compile_cuda(rung.source, arch, defines(rung, out_features, sms))
+    cubin = build.compile_cuda(rung.source, arch, defines(rung, out_features))
     code = disassembly.parse(disassembly.text_of(cubin.path))[rung.function]
     return disassembly.inner_loop(code, ROW_LOADS if rung.layout == "rows" else TILE_LOADS)
 

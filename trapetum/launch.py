@@ -26,12 +26,14 @@ class Kernel:
         import cupy
         from cuda.bindings import driver
 
+        def load(path):
+            function = cupy.RawModule(path=str(path)).get_function(name)
+            return function, driver.CUfunction(int(function.kernel.ptr))  # only now the driver sees the cubin
+
         major, minor = torch.cuda.get_device_capability(device)
-        cubin = build.compile_cuda(source, f"sm_{major}{minor}", defines)
         with cupy.cuda.Device(device):
-            self._function = cupy.RawModule(path=str(cubin.path)).get_function(name)
-            self._shared_limit = 48 * 1024
-            self._handle = driver.CUfunction(int(self._function.kernel.ptr))
+            self._function, self._handle = build.load_cuda(source, f"sm_{major}{minor}", defines, load)
+        self._shared_limit = 48 * 1024
         self._driver, self._device = driver, device
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trapetum import ops
+from trapetum import cuda, ops
 from trapetum.formats import CodebookWeight
 
 
@@ -71,8 +71,17 @@ class CodebookLinear(nn.Module):
         return self.to_weight().dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in x's dtype."""
-        if x.numel() != self.in_features:
+        """[..., in_features] to [..., out_features], in x's dtype.
+
+        Raises:
+            ValueError: x has another last dimension, or is not of a floating-point dtype.
+        """
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            raise ValueError(
+                f"this layer takes floating-point [..., {self.in_features}], and x is {x.dtype} {list(x.shape)}."
+            )
+        rows = x.numel() // self.in_features
+        if rows != 1 and not (x.is_cuda and 1 <= rows <= cuda.MAX_ROWS):
             return F.linear(x, self.dequantize(x.dtype), self.bias)
         self.prepare()
         if not self.casts:

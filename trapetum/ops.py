@@ -2,9 +2,9 @@
 
     codebook_gemv(Tensor x, Tensor codes, Tensor codebook, Tensor? bias, int in_features, int bits) -> Tensor
 
-`codes` are in the layout of the device that holds them (`to_layout`); `reference_gemv` is the slow float64 twin that every
-implementation is tested against. Defined with `Library.define`/`impl`, which costs a quarter of what
-`torch.library.custom_op` costs per call: at batch 1 a model makes hundreds of such calls a token.
+x has 1 to `cuda.MAX_ROWS` rows. `codes` are in the layout of the device that holds them (`to_layout`); `reference_gemv` is
+the slow float64 twin that every implementation is tested against. Defined with `Library.define`/`impl`, which costs a quarter
+of what `torch.library.custom_op` costs per call: at batch 1 a model makes hundreds of such calls a token.
 """
 
 import torch
@@ -22,48 +22,47 @@ _LIBRARY.define(
 def _check(
     x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias, in_features: int, bits: int
 ) -> None:
-    if x.numel() != in_features or x.shape[-1] != in_features:
+    if x.shape[-1:] != (in_features,) or not 1 <= x.numel() // in_features <= cuda.MAX_ROWS:
         raise ValueError(
-            f"codebook_gemv multiplies one row of {in_features} inputs, and x has shape {list(x.shape)}; "
-            "for several rows dequantize and use a matrix product (CodebookLinear does)."
+            f"codebook_gemv multiplies 1 to {cuda.MAX_ROWS} rows of {in_features} inputs, and x has shape "
+            f"{list(x.shape)}; for more rows dequantize and use a matrix product (CodebookLinear does)."
         )
     if x.dtype not in _FLOATS:
         raise TypeError(f"codebook_gemv takes float16, bfloat16 or float32 activations, not {x.dtype}.")
-    if codebook.dtype != torch.float16 or codebook.dim() != 2 or codebook.shape[1] > 2**bits:
+    if codebook.dtype != torch.float16 or codebook.dim() != 2 or not 1 <= codebook.shape[1] <= 2**bits:
         raise ValueError(
-            f"the codebook must be float16 [out_features, at most {2**bits}] for {bits} bits, "
+            f"the codebook must be float16 [out_features, at least 1 and at most {2**bits}] for {bits} bits, "
             f"not {codebook.dtype} {list(codebook.shape)}."
         )
-    if codes.device != x.device or codebook.device != x.device:
+    if any(t.device != x.device for t in (codes, codebook, bias) if t is not None):
         raise ValueError(
-            f"x is on {x.device}, the codes on {codes.device} and the codebook on {codebook.device}; "
-            "move them to one device."
+            f"x is on {x.device}, the codes on {codes.device}, the codebook on {codebook.device}"
+            f"{f' and the bias on {bias.device}' if bias is not None else ''}; move them to one device."
         )
+    if codes.is_cuda:
+        cuda.check_packed(codes, codebook.shape[0], in_features, bits)
     if bias is not None and (bias.shape != codebook.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(
             f"the bias must be {x.dtype} [{codebook.shape[0]}] like the output, not {bias.dtype} {list(bias.shape)}."
         )
 
 
-def _dense(x, weight, bias):
-    return torch.nn.functional.linear(x, weight, bias)
-
-
 def _gemv_cuda(x, codes, codebook, bias, in_features, bits):
     _check(x, codes, codebook, bias, in_features, bits)
-    if not (cuda.available() and cuda.fits(in_features, bits, x.get_device())):
-        return _dense(x, dequantize(codes, codebook, in_features, bits, x.dtype), bias)
+    if not cuda.available():
+        return torch.nn.functional.linear(x, dequantize(codes, codebook, in_features, bits, x.dtype), bias)
     bias = bias.contiguous() if bias is not None else None
-    y = cuda.gemv(x.contiguous(), codes, codebook.contiguous(), in_features, bits, bias)
+    rows = x.contiguous().view(-1, in_features)
+    y = cuda.gemv(rows, codes, codebook.contiguous(), in_features, bits, bias)
     return y.view(*x.shape[:-1], -1)
 
 
 def _gemv_cpu(x, codes, codebook, bias, in_features, bits):
     _check(x, codes, codebook, bias, in_features, bits)
-    row = x.reshape(in_features).float().contiguous()
+    rows = x.reshape(-1, in_features).float().contiguous()
     wide_bias = bias.float() if bias is not None else None
-    y = cpu.gemv(row, codes, codebook, in_features, bits, bias=wide_bias)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    y = [cpu.gemv(row, codes, codebook, in_features, bits, bias=wide_bias) for row in rows]
+    return torch.stack(y).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _gemv_meta(x, codes, codebook, bias, in_features, bits):

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from trapetum import cuda, formats, plans, timing
+from trapetum import cuda, formats, gemv_plans, plans, timing
 from trapetum.shapes import ModelShape
 
 Plan = TypeVar("Plan")
@@ -229,12 +229,11 @@ def tune_cuda(
     if why := cuda.why_not():
         raise TuningError(f"nothing to tune: {why}")
     device = torch.cuda.current_device()
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    room = cuda.room_of(device)
 
     def candidates(case: Case) -> list:
-        default = cuda.plan_for(case.out_features, case.bits, sms, case.rows)
-        sizes = (case.in_features, case.out_features, case.bits, case.rows)
-        return [default, *cuda.candidates(*sizes, sms)]
+        sizes = (case.in_features, case.out_features, case.bits, case.rows, room)
+        return [gemv_plans.plan_for(*sizes), *gemv_plans.candidates(*sizes)]
 
     def keep(case: Case, plan) -> None:
         key = cuda.plan_key(device, case.in_features, case.out_features, case.bits, case.rows)
