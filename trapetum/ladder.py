@@ -257,25 +257,25 @@ def gemv(
     return out
 
 
-def defines(rung: Rung, out_features: int = 4096) -> tuple[str, ...]:
-    """What the rung's source is compiled with; only the last rung has variants, by the number of outputs."""
+def defines(rung: Rung, shape: tuple[int, int] = (4096, 4096)) -> tuple[str, ...]:
+    """What the rung's source is compiled with; only the last rung has variants, by (in_features, out_features)."""
     if rung.name != PRODUCT:
         return ()
-    return f"BITS={BITS}", "XTYPE=0", "ROWS=1", *cuda.plan_for(4096, out_features, BITS).defines
+    return f"BITS={BITS}", "XTYPE=0", "ROWS=1", *cuda.plan_for(*shape, BITS).defines
 
 
-def inner_loop(rung: Rung, arch: str, out_features: int = 4096) -> disassembly.Loop:
+def inner_loop(rung: Rung, arch: str, shape: tuple[int, int] = (4096, 4096)) -> disassembly.Loop:
     """The machine instructions of the loop over the codes. Compiles if need be; needs no GPU.
 
     Args:
         arch: e.g. `sm_90`.
-        out_features: for the last rung's launch shape.
+        shape: (in_features, out_features), for the last rung's launch shape.
 
     Raises:
         BuildError: the source cannot be compiled here.
         DisassemblyError: there is no nvdisasm.
     """
-    cubin = build.compile_cuda(rung.source, arch, defines(rung, out_features))
+    cubin = build.compile_cuda(rung.source, arch, defines(rung, shape))
     code = disassembly.parse(disassembly.text_of(cubin.path))[rung.function]
     return disassembly.inner_loop(code, ROW_LOADS if rung.layout == "rows" else TILE_LOADS)
 

@@ -66,10 +66,7 @@ def ladder(
             for product in _products(chosen, *shape):
                 _add_error(recorder, product, shape)
                 _time(recorder, product, shape)
-    outputs = sorted({out_features for _, out_features in shapes})
-    return recorder.close() + ladder_instructions(
-        recorder.machine["arch"], rungs, outputs, recorder.machine["sms"]
-    )
+    return recorder.close() + ladder_instructions(recorder.machine["arch"], rungs, shapes)
 
 
 def _products(chosen: Sequence[Rung], in_features: int, out_features: int) -> Iterable[Product]:
@@ -130,15 +127,14 @@ def _time(recorder: Recorder, product: Product, shape) -> None:
 def ladder_instructions(
     arch: str = "sm_90",
     rungs: Sequence[str] | None = None,
-    out_features: Sequence[int] = (4096,),
-    sms: int = 132,
+    shapes: Sequence[tuple[int, int]] = ((4096, 4096),),
 ) -> list[Record]:
     """Count the machine instructions per weight of every rung, as `trapetum.disassembly.inner_loop` says. Needs no GPU.
 
     Args:
         arch: what to compile for, e.g. `sm_90`.
         rungs: names of `trapetum.ladder`; None for all.
-        out_features, sms: sizes that choose the last rung's launch shapes; each one that occurs is counted once.
+        shapes: (in_features, out_features) that choose the last rung's launch shapes; each that occurs is counted once.
 
     Returns:
         derived `instructions_per_weight` records; `config.lookups_per_weight` counts the reads of shared memory among
@@ -150,9 +146,9 @@ def ladder_instructions(
         return []
     made = []
     for rung in chosen:
-        variants = {defines(rung, n, sms): n for n in reversed(out_features)}
-        for variant, n in variants.items():
-            made += _counted(rung, arch, inner_loop(rung, arch, n, sms), " ".join(variant))
+        variants = {defines(rung, shape): shape for shape in reversed(shapes)}
+        for variant, shape in variants.items():
+            made += _counted(rung, arch, inner_loop(rung, arch, shape), " ".join(variant))
     return made
 
 
