@@ -352,10 +352,10 @@ def test_the_environment_is_checked():
 
 def test_a_path_that_does_not_run_here(monkeypatch):
     monkeypatch.setattr(cpu, "paths", lambda: ["avx2", "portable"])
-    cpu._path_number.cache_clear()
+    cpu.path_number.cache_clear()
     with pytest.raises(ValueError, match="avx512vnni does not run on this machine; these do: avx2, portable"):
-        cpu._path_number("avx512vnni")
-    cpu._path_number.cache_clear()
+        cpu.path_number("avx512vnni")
+    cpu.path_number.cache_clear()
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def no_compiler(monkeypatch):
     def fail(name):
         raise build.BuildError("no C compiler was found.")
 
-    caches = (cpu._load, cpu.active_path, cpu._path_number)
+    caches = (cpu._load, cpu.active_path, cpu.path_number)
     monkeypatch.setattr(cpu, "compile_c", fail)
     monkeypatch.delenv("TRAPETUM_CPU_PATH", raising=False)
     for cache in caches:

@@ -27,6 +27,7 @@ class Machine:
 
 
 def decode(choice, machine, tokens, available=2, keys=("qkv", "out", "up", "down")):
+    """So many tokens of one layer; the products of a layer differ in size."""
     for _ in range(tokens):
         for key in keys:
             assert choice.run(machine.product, key, available) == machine.used[-1]
@@ -47,17 +48,17 @@ def test_all_threads_while_they_are_the_fastest():
 def test_fewer_threads_when_neighbours_are_busy_and_all_again_when_they_leave():
     machine = Machine({2: 900, 1: 300})
     choice = ThreadChoice(machine.clock)
-    with pytest.warns(RuntimeWarning, match="3.00 times faster on 1 threads than on 2"):
-        decode(choice, machine, 200)
-    assert choice.report(2).in_use == 1 and machine.used[-1] == 1
+    with pytest.warns(RuntimeWarning, match="3.00 times faster on 1 thread than on 2"):
+        decode(choice, machine, 1000)
+    assert choice.report(2).in_use == 1 and machine.used[-400:].count(1) > 380
     assert str(choice.report(2)) == "1 of 2 threads, because more were slower here (busy neighbours)"
     machine.us_by_count = {2: 100, 1: 180}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once, not every time
-        decode(choice, machine, 2000)
-        assert choice.report(2).in_use == 2
+        decode(choice, machine, 4000)
+        assert choice.report(2).in_use == 2 and machine.used[-400:].count(2) > 380
         machine.us_by_count = {2: 900, 1: 300}
-        decode(choice, machine, 2000)
+        decode(choice, machine, 4000)
     assert choice.report(2).in_use == 1
 
 
@@ -68,12 +69,14 @@ def test_a_gain_below_a_tenth_changes_nothing():
     assert choice.report(2).in_use == 2 and choice.report(2).trials > 20
 
 
-def test_one_slow_call_changes_nothing():
+def test_slow_calls_now_and_then_change_nothing():
     machine = Machine({2: 100, 1: 180})
     choice = ThreadChoice(machine.clock)
-    for turn in range(3000):
-        machine.us_by_count[2] = 5000 if turn % 10 == 0 else 100
-        decode(choice, machine, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for turn in range(3000):
+            machine.us_by_count[2] = 5000 if turn % 10 == 0 else 100
+            decode(choice, machine, 1)
     assert choice.report(2).in_use == 2
 
 
@@ -83,6 +86,25 @@ def test_many_threads_are_halved_until_it_no_longer_helps():
     with pytest.warns(RuntimeWarning):
         decode(choice, machine, 3000, available=8)
     assert choice.report(8).in_use == 2
+
+
+def test_each_size_has_its_own_number_and_small_ones_say_nothing():
+    machine = Machine({})
+    choice = ThreadChoice(machine.clock)
+    times = {"large": {2: 400, 1: 700}, "small": {2: 30, 1: 12}}
+
+    def product(count):
+        machine.us_by_count = times[size]
+        return machine.product(count)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3000):
+            for size in times:
+                choice.run(product, size, 2)
+    last = machine.used[-200:]
+    assert last[0::2].count(2) > 95 and last[1::2].count(1) > 95
+    assert choice.report(2).in_use == 2
 
 
 def test_only_products_of_one_size_are_compared():
@@ -99,10 +121,10 @@ def test_another_number_of_threads_begins_again():
     machine = Machine({4: 100, 2: 900, 1: 300})
     choice = ThreadChoice(machine.clock)
     with pytest.warns(RuntimeWarning):
-        decode(choice, machine, 200)
+        decode(choice, machine, 400)
+    assert choice.report(4) == Report(4, 4, 0, None)
     decode(choice, machine, 10, available=4)
-    assert set(machine.used[-40:]) <= {4, 2} and machine.used[-40:].count(2) <= 1
-    assert choice.report(4) == Report(4, 4, choice.report(4).trials, choice.report(4).gain)
+    assert machine.used[-40:].count(4) > 35 and choice.report(4).in_use == 4
     assert choice.report(2).in_use == 2
 
 

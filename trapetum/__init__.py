@@ -9,7 +9,7 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     hardware, shapes, law, law_terms, law_methods,            facts and formulas;
       law_cards, pareto, records, machine                     none needs torch
     formats, gemv_plans, cuda, ladder, cpu, cpu_layout,       codebook weights, kernels, the torch operator
-      cpu_threads, ops, additive, cuda_additive               over them
+      cpu_threads, cpu_dense, ops, additive, cuda_additive    over them
     kmeans, quantizers                                        how the values of a codebook are chosen
     linear, swap, checkpoint, models, hf, register            models with codebook layers: make, save, load
     projection, llama_step, decoders, decode                  one token after another, stage by stage

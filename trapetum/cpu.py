@@ -31,6 +31,7 @@ __all__ = [
     "has_openmp",
     "pack",
     "packed_bytes",
+    "path_number",
     "paths",
     "read_bandwidth",
     "read_sum",
@@ -108,11 +109,16 @@ def active_path() -> str:
     forced, usable = os.environ.get("TRAPETUM_CPU_PATH"), paths()
     if not forced:
         return usable[0] if usable else "torch"
-    return PATHS[_path_number(forced, "TRAPETUM_CPU_PATH=")]
+    return PATHS[path_number(forced, "TRAPETUM_CPU_PATH=")]
 
 
 @functools.cache
-def _path_number(path: str, said: str = "path=") -> int:
+def path_number(path: str, said: str = "path=") -> int:
+    """The kernels' number of a path.
+
+    Raises:
+        ValueError: there is no such path or it does not run here; the message begins with `said`.
+    """
     if path not in PATHS:
         raise ValueError(f"{said}{path} is unknown; it is one of {', '.join(reversed(PATHS))}.")
     if path not in paths():
@@ -225,11 +231,11 @@ def gemv(
     bias = bias if bias is None else bias.contiguous()
     product = x.data_ptr(), packed.data_ptr(), codebook.data_ptr(), n_codes
     rest = bias if bias is None else bias.data_ptr(), y.data_ptr(), in_features, out_features
-    path_number, library = _path_number(name), _load()[0]
+    number_of_path, library = path_number(name), _load()[0]
     if bits == 8:
-        kernel, options = library.trapetum_gemv_bytes, (path_number,)
+        kernel, options = library.trapetum_gemv_bytes, (number_of_path,)
     else:
-        kernel, options = library.trapetum_gemv_packed, (bits, path_number, number)
+        kernel, options = library.trapetum_gemv_packed, (bits, number_of_path, number)
     every = torch.get_num_threads()
     if threads is not None or every == 1:
         status = kernel(*product, *rest, *options, threads or every)
@@ -301,7 +307,7 @@ def dequantize(
     packed, codebook = packed.contiguous(), codebook.contiguous()
     pointers = (packed.data_ptr(), codebook.data_ptr(), n_codes, weight.data_ptr())
     layout = (_FORMATS[dtype], bits, in_features, out_features)
-    _load()[0].trapetum_dequantize(*pointers, *layout, _path_number(name), torch.get_num_threads())
+    _load()[0].trapetum_dequantize(*pointers, *layout, path_number(name), torch.get_num_threads())
     return weight
 
 
@@ -316,7 +322,7 @@ def read_sum(buffer: torch.Tensor, threads: int | None = None, path: str | None 
     words, name = buffer.numel() * buffer.element_size() // 8, path or active_path()
     if name == "torch":
         return int(buffer.view(-1).view(torch.uint8)[: words * 8].view(torch.int64).sum()) % 2**64
-    arguments = (_path_number(name), threads or torch.get_num_threads())
+    arguments = (path_number(name), threads or torch.get_num_threads())
     return _load()[0].trapetum_read(buffer.data_ptr(), words, *arguments)
 
 
