@@ -23,6 +23,7 @@ TURNS = 4  # products of a comparison: ours, theirs, ours, theirs
 TRIALS = 5  # a decision is the median of so many comparisons
 MUST_WIN_BY = 1.10
 PATIENCE = 2048  # calls to wait for the next products of the same size
+PASSED_BY = 8  # looks left to sizes that have been compared less often
 WORTH_SAYING_NS = 100_000  # shorter products on fewer threads are no sign of neighbours
 
 
@@ -101,7 +102,7 @@ class ThreadChoice:
     def _begin_again(self, available: int) -> None:
         self._available = available
         self._sizes: dict[Hashable, _Size] = {}
-        self._until_look = self._due_ns = self._waited = 0
+        self._until_look = self._due_ns = self._waited = self._passed = 0
         self._key: Hashable | None = None  # of the size that is being compared
         self._times: list[int] = []  # of its products, with the number in use and the other one in turn
         self._looking = False
@@ -130,14 +131,20 @@ class ThreadChoice:
             if self._until_look > 0:
                 return call(count)
             self._until_look = self._random.randint(*CALLS_BETWEEN_LOOKS)
-            if self._clock() < self._due_ns:
+            if self._clock() < self._due_ns or self._passes_by(size):
                 return call(count)
-            self._looking = True
+            self._looking, self._passed = True, 0
             self._key, self._times, self._waited = key, [], 0
         if key != self._key:
             self._wait()
             return call(count)
         return self._timed(call, size or self._sizes.setdefault(key, _Size(available, available)))
+
+    def _passes_by(self, size: _Size | None) -> bool:
+        """Whether to leave a comparison to a size that has had fewer; not for long, it may be gone for good."""
+        fewest = min((s.trials for s in self._sizes.values()), default=0)
+        self._passed += 1
+        return size is not None and size.trials > fewest and self._passed <= PASSED_BY
 
     def _wait(self) -> None:
         self._waited += 1
