@@ -60,10 +60,10 @@ AVX512 INLINE float row_words_avx512(const Job *job, int bits, int64_t row, __m5
 AVX512 INLINE void load_block_avx512(int bits, const uint8_t *block, __m512i *c) {
     for (int k = 0; k < REGISTERS(bits); k++) c[k] = _mm512_loadu_si512(block + 64 * k);
     if (bits != 3) return;
-    const int pick = 0xca; /* of three operands: the second where the first has a one, else the third */
+    enum { PICK = 0xca }; /* of three operands: the second where the first has a one, else the third */
     __m512i b = _mm512_srli_epi16(c[1], 2), d = _mm512_srli_epi16(c[2], 4);
-    d = _mm512_ternarylogic_epi32(_mm512_set1_epi8(48), b, d, pick);
-    c[3] = _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)192), c[0], d, pick);
+    d = _mm512_ternarylogic_epi32(_mm512_set1_epi8(48), b, d, PICK);
+    c[3] = _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)192), c[0], d, PICK);
 }
 
 /* The table entries of code j of the 32 words of a block. */
