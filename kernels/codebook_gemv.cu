@@ -258,7 +258,7 @@ __device__ __forceinline__ void store(const Entries& entries, char* table, int w
 // The power of two that brings the largest of a row into [1, 2). All threads call; `scratch` holds WARPS floats.
 __device__ __forceinline__ int exponent_of(const xtype* __restrict__ x, int in_features, float* scratch, int warp, int lane) {
     float largest = 0.f;
-    for (int i = warp * LANES + lane; i < in_features; i += THREADS) largest = fmaxf(largest, fabsf(to_float(x[i])));
+    for (int i = warp * LANES + lane; i < in_features; i += THREADS) largest = fmaxf(largest, fabsf(to_float(__ldcg(x + i))));
 #pragma unroll
     for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
     if (lane == 0) scratch[warp] = largest;
@@ -293,11 +293,11 @@ __device__ __forceinline__ void stage_row(const xtype* __restrict__ x, int in_fe
         }
     } else {
 #pragma unroll 1
-        for (int i = thread; i < count; i += THREADS) staged[i] = first + i < in_features ? x[first + i] : __half(0.f);
+        for (int i = thread; i < count; i += THREADS) staged[i] = first + i < in_features ? __ldcg(x + first + i) : __half(0.f);
     }
 #else
     for (int i = thread; i < count; i += THREADS) {
-        const float value = first + i < in_features ? ldexpf(to_float(x[first + i]), -exponent) : 0.f;
+        const float value = first + i < in_features ? ldexpf(to_float(__ldcg(x + first + i)), -exponent) : 0.f;
         const __half high = __float2half_rn(value);
         staged[i] = high;
         if (PLANES == 2) staged[plane + i] = __float2half_rn((value - __half2float(high)) / LOW_PLANE);
@@ -413,6 +413,21 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
     to_panel_start();
     uint4 inputs[2] = {};                                       // of B, in turns
     float sums[GROUPS][CHAINS][4] = {};
+    const auto multiply = [&](int k) {
+#pragma unroll
+        for (int j = 0; j < STREAM_WORDS; j++) {
+            unsigned first[4], other[4];
+            look_up_word(ahead[k][0], TILES == 2 ? j : 2 * j, 4 * lane, first);
+            look_up_word(ahead[k][TILES - 1], TILES == 2 ? j : 2 * j + 1, 4 * (lane + (TILES - 1) * LANES), other);
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++) {
+                uint4& b = inputs[(j * GROUPS + n) % 2];
+                load_x(b, x_at[n] + 2 * STEP * WARPS * k + X_STRIDE * j, reads[n]);
+                multiply_add(sums[n][0], first[0], other[0], first[1], other[1], b.x, b.y);
+                multiply_add(sums[n][CHAINS - 1], first[2], other[2], first[3], other[3], b.z, b.w);
+            }
+        }
+    };
     for (int round = 0, in_panel = 0; round < rounds; round++, in_panel++) {
         if (in_panel == panel) {
             in_panel = 0;
@@ -425,23 +440,13 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
         const int here = left;
         next += ROUND * STEP_VECTORS;
         left -= ROUND;
+        if (here > (AHEAD - 1) * WARPS) {  // a whole round without a branch
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (k * WARPS >= here) break;
+            for (int k = 0; k < AHEAD; k++) multiply(k), load(k);
+        } else {
 #pragma unroll
-            for (int j = 0; j < STREAM_WORDS; j++) {
-                unsigned first[4], other[4];
-                look_up_word(ahead[k][0], TILES == 2 ? j : 2 * j, 4 * lane, first);
-                look_up_word(ahead[k][TILES - 1], TILES == 2 ? j : 2 * j + 1, 4 * (lane + (TILES - 1) * LANES), other);
-#pragma unroll
-                for (int n = 0; n < GROUPS; n++) {
-                    uint4& b = inputs[(j * GROUPS + n) % 2];
-                    load_x(b, x_at[n] + 2 * STEP * WARPS * k + X_STRIDE * j, reads[n]);
-                    multiply_add(sums[n][0], first[0], other[0], first[1], other[1], b.x, b.y);
-                    multiply_add(sums[n][CHAINS - 1], first[2], other[2], first[3], other[3], b.z, b.w);
-                }
-            }
-            load(k);
+            for (int k = 0; k < AHEAD; k++)
+                if (k * WARPS < here) multiply(k);
         }
 #pragma unroll
         for (int n = 0; n < GROUPS; n++) x_at[n] += 2 * STEP * ROUND;
@@ -456,7 +461,7 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
         if (XTYPE != 0) total = ldexpf(total, exponents[row]);
         if (bias) total += to_float(bias[channel]);
         const size_t place = (size_t)row * out_features + channel;
-        if (residual) total += to_float(residual[place]);
+        if (residual) total += to_float(__ldcg(residual + place));
         from_float(total, y + place);
     }
 }

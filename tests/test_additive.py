@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from trapetum import additive, build, cuda_additive
+from trapetum import additive, build, cuda, cuda_additive
 from trapetum.bench import additive_product
 from trapetum.bench.products import NotPossible
-from trapetum.cuda_additive import Plan, Room
+from trapetum.cuda_additive import Plan
 from trapetum.formats import FormatError
+from trapetum.gemv_plans import H100, Room
 
 gpu = pytest.mark.gpu
-H100, ADA, TURING = Room(132, 232448, 233472), Room(128, 101376, 102400), Room(40, 65536, 65536)
+ADA, TURING = Room(128, 101376, 102400), Room(40, 65536, 65536)
 ARCHES = {"sm_75": TURING, "sm_80": Room(108, 166912, 167936), "sm_86": ADA, "sm_89": ADA, "sm_90": H100}
 ARCHES |= {"sm_100": H100, "sm_120": ADA}
 LAYER = "model.layers.0.mlp.up_proj"
@@ -318,14 +319,18 @@ def test_the_zeros_do_not_share_banks_with_x():
 
 
 def test_default_plans():
-    assert cuda_additive.plan_for(4096, 4096, 2, H100) == Plan(32, 2)
-    assert cuda_additive.plan_for(28672, 8192, 2, H100) == Plan(16, 2, blocks=2)
-    assert cuda_additive.plan_for(8192, 28672, 2, H100) == Plan(32, 2)  # two blocks' x do not fit
-    assert cuda_additive.plan_for(28672, 8192, 4, H100) == Plan(32, 2)
-    assert cuda_additive.plan_for(4096, 4096, 2, TURING) == Plan(16, 2, copies=4)
+    narrow, wide = Plan(16, 2), Plan(16, 2, channels=64)
+    for out_features, expected in (
+        (4096, narrow),
+        (8192, wide),
+        (12288, narrow),
+        (22016, wide),
+        (28672, narrow),
+    ):
+        assert cuda_additive.plan_for(out_features, 4096, 2, H100) == expected
+    assert cuda_additive.plan_for(4096, 4096, 2, TURING).copies == 4
     assert cuda_additive.plan_for(4096, 4096, 4, ADA).copies == 4
     assert cuda_additive.plan_for(4096, 28672, 2, TURING) is None
-    assert cuda_additive.plan_for(4096, 28672, 4, H100) == Plan(32, 2)
 
 
 @pytest.mark.parametrize("n_codebooks", [2, 4])
@@ -403,7 +408,7 @@ def assert_close(y, x, w, what=""):
 
 
 def usable(plan, w):
-    room = cuda_additive.room_of(0)
+    room = cuda.room_of(0)
     return cuda_additive.shared_bytes_for(plan, w.n_codebooks, w.in_features) <= room.a_block
 
 
@@ -507,7 +512,7 @@ def test_operands_that_do_not_fit_are_one_sentence():
 @gpu
 def test_a_shape_too_wide_for_shared_memory_takes_the_dense_path():
     w = random_weight(40, 200_000, device="cuda")
-    assert not cuda_additive.fits(w, cuda_additive.room_of(0))
+    assert not cuda_additive.fits(w, cuda.room_of(0))
     x = torch.randn(200_000, device="cuda").half()
     assert relative_error(cuda_additive.multiply(x, w), additive.reference_gemv(x, w)) < 2e-3
     with pytest.raises(ValueError, match="do not fit in the"):

@@ -1,17 +1,16 @@
 """The CUDA side of additive codebooks: packed layout, launch shapes, and the product of one row."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from trapetum import cuda
 from trapetum.additive import ENTRIES, GROUP, AdditiveWeight, dense_product, require_inputs
+from trapetum.gemv_plans import LANES, Room
 from trapetum.launch import integer, kernel, pointer
 
 SOURCE = "additive_gemv.cu"
-LANES = 32
 STEP_GROUPS = {2: 8, 4: 4}  # groups of 8 inputs in a lane's 16 bytes, by number of codebooks
 _TABLE_AT, _ZERO_BYTES = 2048, 256  # as in additive_gemv.cu
 _SYSTEM_BYTES = 1024  # of a block's shared memory that the system takes, from sm_80 on
@@ -81,24 +80,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a device offers: multiprocessors, and bytes of shared memory for one block and for all on one."""
-
-    sms: int
-    a_block: int
-    a_multiprocessor: int
-
-
-@cache
-def room_of(device: int) -> Room:
-    """The `Room` of the CUDA device with this index."""
-    properties = torch.cuda.get_device_properties(device)
-    a_block = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    whole = getattr(properties, "shared_memory_per_multiprocessor", a_block)
-    return Room(properties.multi_processor_count, a_block, whole)
-
-
 def shared_bytes_for(plan: Plan, n_codebooks: int, in_features: int) -> int:
     """Dynamic shared memory of one block, in bytes: table, x, and two rounds of the warps' sums."""
     table = n_codebooks * ENTRIES * 2 * GROUP * plan.copies
@@ -127,22 +108,14 @@ def resident(plan: Plan, n_codebooks: int, in_features: int, room: Room) -> int:
     return max(1, min(plan.blocks, room.a_multiprocessor // one))
 
 
-_ONE, _TWO, _SMALL = Plan(32, 2), Plan(16, 2, blocks=2), Plan(16, 2)
-_LITTLE_BYTES = (
-    64 * 1024
-)  # of shared memory a block, where 32 warps of a kernel compiled for the device spill registers
-
-
 def plan_for(out_features: int, in_features: int, n_codebooks: int, room: Room) -> Plan | None:
     """The launch shape for a matrix on a device, or None where its x does not fit beside the smallest table.
 
-    Where there is more than one tile for each multiprocessor, two smaller blocks overlap each other's start and end.
+    Tiles of 64 channels load x once for two channels of a lane; they are taken where they do not leave multiprocessors idle
+    in the last turn that 32 would fill.
     """
-    if -(-out_features // LANES) > room.sms:
-        two = fitting(_TWO, n_codebooks, in_features, room)
-        if two == _TWO and resident(two, n_codebooks, in_features, room) == 2:
-            return two
-    return fitting(_SMALL if room.a_block <= _LITTLE_BYTES else _ONE, n_codebooks, in_features, room)
+    turns = {channels: channels * -(-out_features // (channels * room.sms)) for channels in (32, 64)}
+    return fitting(Plan(16, 2, channels=64 if turns[64] <= turns[32] else 32), n_codebooks, in_features, room)
 
 
 def candidates(n_codebooks: int) -> tuple[Plan, ...]:
@@ -244,7 +217,7 @@ def gemv(
     _require_operands(x, packed, codebooks, scales, bias, out)
     in_features, out_features, n_codebooks = x.numel(), scales.numel(), len(codebooks)
     device, steps = x.get_device(), packed.shape[1]
-    room = room_of(device)
+    room = cuda.room_of(device)
     plan = plan or plan_for(out_features, in_features, n_codebooks, room)
     _require_plan(plan, n_codebooks, in_features, room)
     function = kernel(SOURCE, "additive_gemv", plan.defines(n_codebooks, x.dtype), device)
@@ -275,7 +248,7 @@ def multiply(x: Tensor, weight: AdditiveWeight, packed: Tensor | None = None) ->
     """
     require_inputs(x, weight.in_features)
     one_row = x.numel() == weight.in_features
-    if not (one_row and x.is_cuda and cuda.available() and fits(weight, room_of(x.get_device()))):
+    if not (one_row and x.is_cuda and cuda.available() and fits(weight, cuda.room_of(x.get_device()))):
         return dense_product(x, weight)
     packed = pack(weight.codes) if packed is None else packed
     bias = None if weight.bias is None else weight.bias.to(x.dtype)

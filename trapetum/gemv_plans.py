@@ -79,8 +79,8 @@ def _one_each(bits: int, staged: int) -> Plan:
     """For as many tiles as multiprocessors or fewer: each block alone must keep enough loads in flight."""
     if bits == 3:
         return Plan(16, 2 if staged <= 2 else 1)
-    if staged == 1 and bits != 2 or staged == 2:
-        return Plan(32, 2) if bits != 2 else Plan(16, 4)
+    if staged <= 2 and (bits == 8 or staged == 2):
+        return Plan(32, 2)
     return Plan(16, 4) if staged <= 4 else Plan(16, 2)
 
 
@@ -89,7 +89,7 @@ def _several_each(in_features: int, out_features: int, bits: int, staged: int, s
     if staged > 2:
         return Plan(16, 1 if bits == 3 else 2, channels=64)
     if staged == 2:
-        deep = {8: 2, 4: 2, 3: 1, 2: 2}[bits]
+        deep = {8: 2, 4: 2, 3: 1, 2: 1}[bits]
         return Plan(16, deep, 2, 64) if in_features < 8192 else Plan(8, deep + (bits != 3), 2, 64)
     two_each = -(-out_features // LANES) <= 2 * sms
     if bits == 8:

@@ -59,7 +59,7 @@ def _head(weight: additive.AdditiveWeight) -> torch.Tensor:
 def _on_cuda(method: str, weight: additive.AdditiveWeight) -> Weights:
     if not cuda.available():
         raise NotPossible(cuda.why_not())
-    room = cuda_additive.room_of(weight.codes.get_device())
+    room = cuda.room_of(weight.codes.get_device())
     if not cuda_additive.fits(weight, room):
         raise NotPossible(
             f"{method} keeps {weight.in_features} inputs and its codebooks in shared memory, of which a block may have "
