@@ -1,5 +1,5 @@
-/* 4-, 3- and 2-bit codes with AVX-512: vpermw looks up 32 words, vpermps 16 floats, pshufb 64 bytes, and none of the
- * first two minds what lies above its index, so that one shift makes an index out of packed codes. */
+/* 4-, 3- and 2-bit codes with AVX-512: vpermw looks up 32 words, vpermps 16 floats, vpermb 64 bytes, and none minds
+ * what lies above its index, so that one shift makes an index out of packed codes. */
 
 #if X86
 
@@ -74,7 +74,7 @@ AVX512 INLINE __m512i entries_avx512(int bits, const __m512i *c, int j, const __
     return _mm512_permutexvar_epi16(index, words[0]);
 }
 
-#define INT16_AVX512(NAME, BITS, TARGET, MULTIPLY_ADD)                                                               \
+#define INT16_AVX512(NAME, BITS, TARGET, MULTIPLY_ADD)                                                              \
     TARGET static void NAME##_##BITS(const Job *job, int64_t begin, int64_t end) {                                  \
         FOR_TILES(BITS) {                                                                                           \
             const uint8_t *codes = tile_codes(job, BITS, first, n, tile);                                           \
@@ -115,30 +115,44 @@ INT16_AVX512(int16_avx512vnni, 4, VNNI, _mm512_dpwssd_epi32)
 INT16_AVX512(int16_avx512vnni, 3, VNNI, _mm512_dpwssd_epi32)
 INT16_AVX512(int16_avx512vnni, 2, VNNI, _mm512_dpwssd_epi32)
 
-/* A row's codebook for int8 arithmetic, raised by 128 to be unsigned, in every 128-bit lane for pshufb. */
-AVX512 INLINE float row_unsigned_avx512(const Job *job, int bits, int64_t row, __m512i *bytes) {
-    __m512i fixed;
+/* int8 needs VBMI beside VNNI: vpermb minds the low six bits of an index, so that a table for each place of a code
+ * below bit 6 saves the shift, and there is nothing to mask. Without VBMI the AVX2 kernel does it. */
+#define PLACE_SHIFT(BITS, k) ((BITS) == 2 ? 2 * (k) : (k) == 1 ? 3 : (k) == 2 ? 2 : 0)
+
+/* A row's codebook raised by 128 to be unsigned: table[k] is indexed by a code that starts at PLACE_SHIFT(k). */
+VNNI_VBMI INLINE float row_places_vbmi(const Job *job, int bits, int64_t row, __m512i table[3]) {
+    uint8_t numbers[64];
+    __m512i fixed, number, place;
     float scale = row_fixed_avx512(job, bits, row, UNIT8, &fixed);
-    *bytes = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(_mm512_add_epi32(fixed, _mm512_set1_epi32(128))));
+    table[0] = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(_mm512_add_epi32(fixed, _mm512_set1_epi32(128))));
+    if (bits == 4) return scale;
+    for (int i = 0; i < 64; i++) numbers[i] = (uint8_t)i;
+    number = _mm512_loadu_si512(numbers);
+    for (int k = 1; k < 3; k++) {
+        place = _mm512_and_si512(_mm512_srli_epi16(number, PLACE_SHIFT(bits, k)), _mm512_set1_epi8((1 << bits) - 1));
+        table[k] = _mm512_permutexvar_epi8(place, table[0]);
+    }
     return scale;
 }
 
-/* The t-th codes of the 64 byte columns, one a byte. */
-AVX512 INLINE __m512i column_avx512(int bits, const __m512i *c, int t) {
-    __m512i codes = _mm512_srli_epi16(c[CODE_REGISTER(bits, t)], CODE_SHIFT(bits, t));
-    return _mm512_and_si512(codes, _mm512_set1_epi8((1 << bits) - 1));
+/* The table entries of the t-th codes of the 64 byte columns. */
+VNNI_VBMI INLINE __m512i column_vbmi(int bits, const __m512i *c, int t, const __m512i table[3]) {
+    __m512i codes = c[CODE_REGISTER(bits, t)];
+    if (bits == 2 && t < 3) return _mm512_permutexvar_epi8(codes, table[t]);
+    if (bits == 3 && t < 7) return _mm512_permutexvar_epi8(codes, table[t == 6 ? 2 : t % 2]);
+    return _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, CODE_SHIFT(bits, t)), table[0]);
 }
 
-#define INT8_VNNI(BITS)                                                                                              \
-    VNNI static void int8_avx512vnni_##BITS(const Job *job, int64_t begin, int64_t end) {                           \
+#define INT8_VBMI(BITS)                                                                                             \
+    VNNI_VBMI static void int8_vbmi_##BITS(const Job *job, int64_t begin, int64_t end) {                            \
         FOR_TILES(BITS) {                                                                                           \
             const uint8_t *codes = tile_codes(job, BITS, first, n, tile);                                           \
             const X8 *x = job->x8 + first * STEPS(BITS);                                                            \
-            __m512i table[ROWS], c[4];                                                                              \
+            __m512i table[ROWS][3], c[4];                                                                           \
             __m512 sum[ROWS];                                                                                       \
             float sums[ROWS];                                                                                       \
             for (int r = 0; r < ROWS; r++) {                                                                        \
-                sums[r] = row_unsigned_avx512(job, BITS, tile * ROWS + r, &table[r]);                               \
+                sums[r] = row_places_vbmi(job, BITS, tile * ROWS + r, table[r]);                                    \
                 sum[r] = _mm512_setzero_ps();                                                                       \
             }                                                                                                       \
             for (int64_t b = 0; b < n; b++, x += STEPS(BITS))                                                       \
@@ -150,7 +164,7 @@ AVX512 INLINE __m512i column_avx512(int bits, const __m512i *c, int t) {
                     for (int u = 0; u < STEPS(BITS); u++) {                                                         \
                         __m512i dot = _mm512_loadu_si512(x[u].start);                                               \
                         for (int a = 0; a < 2; a++) {                                                               \
-                            __m512i w = _mm512_shuffle_epi8(table[r], column_avx512(BITS, c, 2 * u + a));           \
+                            __m512i w = column_vbmi(BITS, c, 2 * u + a, table[r]);                                  \
                             dot = _mm512_dpbusd_epi32(dot, w, _mm512_loadu_si512(x[u].q + 64 * a));                 \
                         }                                                                                           \
                         __m512 scale = _mm512_loadu_ps(x[u].scale);                                                 \
@@ -161,16 +175,16 @@ AVX512 INLINE __m512i column_avx512(int bits, const __m512i *c, int t) {
             store_tile(job, tile, first, sums);                                                                     \
         }                                                                                                           \
     }
-INT8_VNNI(4)
-INT8_VNNI(3)
-INT8_VNNI(2)
+INT8_VBMI(4)
+INT8_VBMI(3)
+INT8_VBMI(2)
 
 /* The t-th code of byte i of the 16 lanes, in the low bits of each; what lies above it stays. */
 AVX512 INLINE __m512i lane_code_avx512(int bits, const __m512i *c, int i, int t) {
     return _mm512_srli_epi32(c[CODE_REGISTER(bits, t)], 8 * i + CODE_SHIFT(bits, t));
 }
 
-#define EXACT_AVX512(BITS)                                                                                           \
+#define EXACT_AVX512(BITS)                                                                                          \
     AVX512 static void exact_avx512_##BITS(const Job *job, int64_t begin, int64_t end) {                            \
         FOR_TILES(BITS) {                                                                                           \
             const uint8_t *codes = tile_codes(job, BITS, first, n, tile);                                           \

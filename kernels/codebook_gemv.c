@@ -57,9 +57,12 @@ static Work work_of(int bits, int arithmetic, int path) {
     if (arithmetic == EXACT)
         return CHOOSE(path, BY_BITS(bits, exact_portable), BY_BITS(bits, exact_avx2), BY_BITS(bits, exact_avx512),
                       BY_BITS(bits, exact_avx512), BY_BITS(bits, exact_portable));
+#if X86
+    if (arithmetic == INT8 && path == PATH_AVX512VNNI && has_vbmi()) return BY_BITS(bits, int8_vbmi);
+#endif
     if (arithmetic == INT8)
         return CHOOSE(path, BY_BITS(bits, int8_portable), BY_BITS(bits, int8_avx2), BY_BITS(bits, int8_avx2),
-                      BY_BITS(bits, int8_avx512vnni), BY_BITS(bits, int8_neon));
+                      BY_BITS(bits, int8_avx2), BY_BITS(bits, int8_neon));
     return CHOOSE(path, BY_BITS(bits, int16_portable), BY_BITS(bits, int16_avx2), BY_BITS(bits, int16_avx512bw),
                   BY_BITS(bits, int16_avx512vnni), BY_BITS(bits, int16_neon));
 }
