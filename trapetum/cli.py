@@ -166,6 +166,7 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
             "variant",
             "l2",
             "timer",
+            "peak",
             "chain",
             "path",
             "threads",
@@ -335,6 +336,26 @@ def crosscheck(
     from trapetum.bench.crosscheck import explain
 
     found = bench.compare_timers(device, _shape(shape), profile=profile)
+    _print_records(found, json_output, save)
+    if not json_output:
+        for sentence in explain(found):
+            typer.echo(sentence)
+
+
+@_command(bench_app, "trapetum bench profile --shape 8192x28672 --bits 4")
+def profile(
+    shape: Annotated[str, typer.Option(help="IN x OUT.")] = "8192x28672",
+    bits: Annotated[int, typer.Option(help="Bits of the codebook weights.")] = 4,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Read the counters of one product with Nsight Compute: DRAM, issue slots, shared memory and its conflicts."""
+    from trapetum import bench
+    from trapetum.bench.profiled import explain
+
+    found = bench.profile_kernel(device, _shape(shape), bits, profile)
     _print_records(found, json_output, save)
     if not json_output:
         for sentence in explain(found):

@@ -91,11 +91,14 @@ def _several_each(in_features: int, out_features: int, bits: int, staged: int, s
     if staged == 2:
         deep = {8: 2, 4: 2, 3: 1, 2: 1}[bits]
         return Plan(16, deep, 2, 64) if in_features < 8192 else Plan(8, deep + (bits != 3), 2, 64)
-    two_each = -(-out_features // LANES) <= 2 * sms
+    tiles = -(-out_features // LANES)
+    two_each = tiles <= 2 * sms
+    if bits != 3 and in_features < 8192 and 3 * sms < tiles <= 4 * sms:
+        return Plan(8, 4, 2, 64)  # one turn of 64 channels instead of one of 32 and a short second
     if bits == 8:
         return Plan(16, 4, 2, stride=128)
     if bits == 4:
-        return Plan(8, 6, 3, stride=128) if in_features < 8192 else Plan(16, 4, 2)
+        return Plan(8, 8, 3, stride=128) if in_features < 8192 else Plan(16, 4, 2)
     if bits == 3:
         return Plan(16, 1, 2) if two_each and in_features >= 8192 else Plan(8, 2, 3)
     return Plan(16, 2, 2) if two_each and in_features >= 8192 else Plan(8, 4, 3)

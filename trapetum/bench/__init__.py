@@ -8,6 +8,7 @@ unpacking    dequantize; all products of a token       batch       a few rows of
 peers        other people's products                   crosscheck  our timer beside Triton's
 model_shapes the matrices that a model's config names
 ladder       the numbered GPU kernels, and their instructions per weight
+profiled     one kernel under Nsight Compute
 variants     one model in several weights              generating  decode speed, memory, energy
 accuracy     perplexity and weight error
 """
@@ -19,6 +20,7 @@ from trapetum.bench.generating import decode, energy
 from trapetum.bench.ladder import ladder, ladder_instructions
 from trapetum.bench.model_shapes import shapes_of
 from trapetum.bench.multiply import gemv, methods_on
+from trapetum.bench.profiled import profile_kernel
 from trapetum.bench.profiles import PROFILES, Sizes, sizes
 from trapetum.bench.reading import bandwidth
 from trapetum.bench.unpacking import dequant, gemv_chain
@@ -37,6 +39,7 @@ __all__ = [
     "ladder_instructions",
     "methods_on",
     "perplexity",
+    "profile_kernel",
     "shapes_of",
     "sizes",
     "small_batches",
