@@ -33,10 +33,16 @@ def source_text(name: str) -> str:
     require_clone()
     path = KERNELS / name
     if not path.is_file():
-        known = ", ".join(sorted(str(p.relative_to(KERNELS)) for p in KERNELS.rglob("*.c*")))
+        known = ", ".join(source_names())
         raise BuildError(f"no kernel source named {name!r} in {KERNELS}; there are: {known}")
     text = path.read_text()
     return text + "".join(source_text(included) for included in _INCLUDE.findall(text))
+
+
+def source_names() -> list[str]:
+    """Every kernel source, as `source_text` takes it: its path below `kernels/`."""
+    paths = KERNELS.rglob("*.c*")
+    return sorted(str(p.relative_to(KERNELS)) for p in paths)
 
 
 def source_sha256(*names: str) -> str:

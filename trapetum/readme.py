@@ -38,7 +38,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _one(records: Iterable[Record], quantity: str, method: str | None = None, **config) -> Record | None:
-    found = rec.select(records, quantity=quantity, method=method, **config)
+    found = rec.select(records, quantity=quantity, method=method, **{"beside": None, **config})
     return found[-1] if found else None
 
 
@@ -193,7 +193,7 @@ def fill(text: str, records: Sequence[Record]) -> str:
 
 def _four_bits(records: Sequence[Record]) -> list[Record]:
     """4-bit and dense products, of the shapes that every dense dtype was timed for."""
-    timed = [r for r in records if r.quantity == "gemv_time"]
+    timed = rec.select(records, quantity="gemv_time", beside=None)
     shapes = {(r.config["in_features"], r.config["out_features"]) for r in timed if r.method == "linear-bf16"}
     dense = [r for r in timed if r.method.startswith("linear-")]
     ours = [r for r in timed if r.method == "codebook" and r.config["bits"] == 4]

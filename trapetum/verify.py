@@ -86,10 +86,9 @@ def _problem(
 
 def kernel_hashes() -> set[str]:
     """SHA-256 of every kernel source as it is now; a record that carries another is stale."""
-    from trapetum.build import source_sha256
-    from trapetum.paths import KERNELS
+    from trapetum.build import source_names, source_sha256
 
-    return {source_sha256(p.name) for p in sorted(KERNELS.glob("*.c*"))}
+    return {source_sha256(name) for name in source_names()}
 
 
 def check(citations: list[Citation], known: Mapping[str, records.Record], hashes: set[str]) -> list[str]:

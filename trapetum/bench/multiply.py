@@ -15,7 +15,7 @@ WARM_CALLS = 8  # calls of one and the same weight in a warm turn on a CPU
 TRIAL_CALLS = (
     32  # to choose the threads: where neighbours are busy, each call on too many waits for the scheduler
 )
-_WITH_BITS = ("codebook", "read")
+_WITH_BITS = ("codebook", "codebook-int8", "read")
 
 
 Say = Callable[[str], object]

@@ -21,7 +21,7 @@ from trapetum.figures.pareto import pareto
 from trapetum.figures.pareto_state import on_front
 from trapetum.figures.speed import dequantize_or_fuse, ladder, shape_of
 from trapetum.figures.style import label_of
-from trapetum.figures.tokens import cards, speed_bound, speed_on, token_bytes
+from trapetum.figures.tokens import cards, speed_bound, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
 
 __all__ = [
@@ -68,7 +68,6 @@ __all__ = [
     "shape_of",
     "speed_bound",
     "speed_by_bytes",
-    "speed_on",
     "speedups",
     "token_bytes",
     "tradeoffs",

@@ -9,7 +9,7 @@ from functools import lru_cache
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from trapetum.build import source_sha256
+from trapetum.build import source_names, source_sha256
 from trapetum.paths import KERNELS
 from trapetum.record_gate import is_stale
 from trapetum.records import Record
@@ -133,13 +133,13 @@ def stale(record: Record) -> bool:
 
 
 def _current(_method: str) -> set[str]:
-    sources = sorted(path for path in KERNELS.iterdir() if path.suffix in (".c", ".cu", ".cuh", ".h"))
-    return _hashes(tuple((path.name, path.stat().st_mtime_ns) for path in sources))
+    files = sorted(path for path in KERNELS.rglob("*") if path.suffix in (".c", ".cu", ".h"))
+    return _hashes(tuple(path.stat().st_mtime_ns for path in files))
 
 
 @lru_cache(maxsize=4)
-def _hashes(sources: tuple[tuple[str, int], ...]) -> set[str]:
-    return {source_sha256(name) for name, _ in sources}
+def _hashes(_edited: tuple[int, ...]) -> set[str]:
+    return {source_sha256(name) for name in source_names()}
 
 
 def symbol(record: Record) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from trapetum import law, records
+from trapetum import records
 from trapetum.figures.style import (
     INK,
     add_key,
@@ -17,7 +17,6 @@ from trapetum.figures.style import (
     points,
     provenance,
 )
-from trapetum.hardware import Gpu
 from trapetum.records import Record
 from trapetum.shapes import FORMATS, ModelShape
 
@@ -102,38 +101,6 @@ def speed_bound(read: Record, shape: ModelShape, fmt: str, context: int = 256) -
     return records.derived(
         "decode_speed", 1e9 * read.value / nbytes, method, config, read.device, read.id, formula
     )
-
-
-def speed_on(gpu: Gpu, shape: ModelShape, fmt: str, fit: law.Fit, fit_gpu: Gpu, context: int = 256) -> Record:
-    """How fast `gpu` can decode `shape` if the law fitted on `fit_gpu` holds there with its memory's bandwidth.
-
-    Each of the linears of a token takes `t0 + bytes / (BW * g)`, g being the ratio of the datasheets' bandwidths, and
-    the cache is read at the same bandwidth. An upper bound where norms, attention and launches outside the
-    linears cost time, and wrong where instructions bind (`law.weights_per_clock`).
-
-    Returns:
-        a derived `decode_speed` record in tok/s.
-
-    Raises:
-        ValueError: an unknown format.
-    """
-    bandwidth = fit.bandwidth_gbps * gpu.bandwidth_gbps / fit_gpu.bandwidth_gbps
-    nbytes = shape.bytes_per_token(fmt, context)
-    calls = shape.layers * 4 + 1  # qkv, o, gate and up, down; and the head
-    us = calls * max(fit.t0_us, 0.0) + law.floor_us(nbytes, bandwidth)
-    bits, n_codes = FORMATS[fmt]
-    config = {
-        "model": shape.name,
-        "context": context,
-        "bits": bits,
-        "n_codes": n_codes or None,
-        "bytes": nbytes,
-    }
-    return records.derived(
-        "decode_speed", 1e6 / us, "codebook" if n_codes else fmt, {**config, "batch": 1},
-        {"name": gpu.name, "arch": gpu.arch}, f"{gpu.source}; the fit on {fit_gpu.name}",
-        f"1e6 / ({calls} * {digits(max(fit.t0_us, 0.0))} us + {nbytes} bytes / {digits(bandwidth)} GB/s)",
-    )  # fmt: skip
 
 
 def cards(
