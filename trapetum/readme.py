@@ -161,7 +161,8 @@ def energy(records: Sequence[Record]) -> str:
 def _on(gpu: bool, table: Callable[[Sequence[Record]], str]) -> Callable[[Sequence[Record]], str]:
     def made(records: Sequence[Record]) -> str:
         groups = [(name, group) for name, group in devices(records).items() if _is_gpu(group) is gpu]
-        return "\n".join(f"{name}:\n\n{table(group)}" for name, group in groups if "\n| " in table(group)[2:])
+        tables = [(name, table(group)) for name, group in groups]
+        return "\n".join(f"{name}:\n\n{text}" for name, text in tables if text.count("\n| ") > 1)  # more than a head
 
     return made
 
