@@ -17,7 +17,8 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       trained, builtin                                        model trained on them
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
     figures, widgets, workbook, claims                        what a notebook shows
-    html, report, readme, verify, generation, cli             the report, the README and the command
+    html, report, readme_targets, readme, verify,             the report, the README and
+      generation, cli                                         the command
 """
 
 from trapetum.register import register_with_transformers

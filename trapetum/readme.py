@@ -7,6 +7,7 @@ from, so that `trapetum verify` can check it. Pictures go to `data/pictures/`.
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from trapetum import readme_targets
 from trapetum import records as rec
 from trapetum.build import write_atomically
 from trapetum.paths import DATA, RECORDS, ROOT
@@ -162,9 +163,22 @@ def _on(gpu: bool, table: Callable[[Sequence[Record]], str]) -> Callable[[Sequen
     def made(records: Sequence[Record]) -> str:
         groups = [(name, group) for name, group in devices(records).items() if _is_gpu(group) is gpu]
         tables = [(name, table(group)) for name, group in groups]
-        return "\n".join(f"{name}:\n\n{text}" for name, text in tables if text.count("\n| ") > 1)  # more than a head
+        return "\n".join(
+            f"{name}:\n\n{text}" for name, text in tables if text.count("\n| ") > 1
+        )  # more than a head
 
     return made
+
+
+def targets(records: Sequence[Record]) -> str:
+    """What was asked of the kernels and what was measured, by device."""
+    asked = {"H100": readme_targets.h100, "H200": readme_targets.h200, "": readme_targets.cpu}
+    tables = []
+    for name, group in devices(records).items():
+        key = next((k for k in asked if k and k in name), None) if _is_gpu(group) else ""
+        if key is not None and (text := readme_targets.table(group, asked[key], cited, ratio)):
+            tables.append(f"{name}:\n\n{text}")
+    return "\n\n".join(tables) + "\n"
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
@@ -174,6 +188,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "decode-cpu": _on(False, decode),
     "accuracy": _on(False, accuracy),
     "energy": _on(True, energy),
+    "targets": targets,
 }
 
 
