@@ -135,9 +135,9 @@ def test_faster_memory_moves_the_slope_and_leaves_t0(both):
     words = law_methods.in_words(moved, ratio)
     assert "The fixed time agrees for all 4 methods." in words and "differs" not in words
     assert "moved by the memory's 1.435 for codebook 4-bit, linear-fp16 and read." in words
-    assert "It moved less for tinygemm-int4 (1.0" in words
+    assert "It did not move for tinygemm-int4 (1.0" in words
     rows = {row[0]: row for row in law_methods.shift_rows(moved, ratio)}
-    assert rows["read"][2] == "agrees" and rows["tinygemm-int4"][4] == "less than the memory"
+    assert rows["read"][2] == "agrees" and rows["tinygemm-int4"][4] == "not at all"
     assert all(len(row) == len(law_methods.SHIFT_HEADINGS) for row in rows.values())
 
 
@@ -177,6 +177,23 @@ def test_a_launch_that_is_slower_there_is_told(both):
     assert "It moved more for codebook 4-bit (1." in words
 
 
+def test_between_the_memory_and_nothing_is_part_of_the_way():
+    moved = {
+        name: law.Shift(0.0, ratio, (0, 0), (ratio - 0.03, ratio + 0.03), 7)
+        for name, ratio in {"half": 1.2, "none": 1.0, "slower": 0.9, "full": RATIO}.items()
+    }
+    assert [row[4] for row in law_methods.shift_rows(moved, RATIO)] == [
+        "part of the way", "not at all", "not at all", "as the memory",
+    ]  # fmt: skip
+    words = law_methods.in_words(moved, RATIO)
+    assert "moved, but less, for half (1.20)" in words and "did not move for none (1.00) and slower" in words
+
+
+def test_int8_arithmetic_on_codes_does_not_hide_their_bits():
+    codes, weights = (timed(H100, m, (4096, 4096), 6.0, 4) for m in ("codebook-int8", "own-int8"))
+    assert [law_methods.label_of(r) for r in (codes, weights)] == ["codebook-int8 4-bit", "own-int8"]
+
+
 def test_without_a_second_device_nothing_is_said():
     laws = laws_of(card(H100), "H100 SXM")
     assert law_methods.shifts(laws, {}) == {}
@@ -214,20 +231,22 @@ def test_terms_take_the_launch_of_the_reads_and_the_counted_work(both):
     largest = plain["codebook 4-bit"][-1][1]
     assert largest.binds == "bytes" and heavy["codebook 4-bit"][-1][1].binds == "instructions"
     assert np.isnan(plain["tinygemm-int4"][-1][1].instructions_us)
-    headings, rows = law_methods.binding_table(plain)
-    assert headings == ["in x out", *plain] and len(rows) == len(SHAPES)
-    assert rows[-1][headings.index("codebook 4-bit")].startswith("bytes ")
+    rows = law_methods.binding_rows(plain)
+    assert [row[0].replace("\u00a0", " ") for row in rows] == list(plain)
+    assert all(len(row) == len(law_methods.BINDING_HEADINGS) for row in rows)
+    codes = rows[list(plain).index("codebook 4-bit")]
+    assert codes[1].startswith("launch") and codes[3].startswith("bytes") and f"of {len(SHAPES)}" in codes[4]
     assert law_methods.tally(plain["linear-fp16"]).startswith("bytes ")
     assert f"of {len(SHAPES)}" in law_methods.tally(plain["linear-fp16"])
 
 
 def test_a_law_is_a_row_with_its_intervals(both):
     laws, _ = both
-    rows = law_methods.law_rows("H100 SXM", laws["H100 SXM"], READ_GBPS)
+    rows = law_methods.law_rows(laws["H100 SXM"], READ_GBPS)
     assert all(len(row) == len(law_methods.LAW_HEADINGS) for row in rows)
-    (read,) = [row for row in rows if row[1] == "read"]
-    assert read[4] == "100 %" or abs(float(read[4].rstrip(" %")) - 100) <= 2
-    assert law_methods.law_rows("x", laws["H100 SXM"], None)[0][4] == "not known"
+    (read,) = [row for row in rows if row[0] == "read"]
+    assert abs(float(read[3].removesuffix("\u00a0%")) - 100) <= 2
+    assert law_methods.law_rows(laws["H100 SXM"], None)[0][3] == "not\u00a0known"
     assert {law_methods.shape_of(r) for r in law_methods.largest(laws["H100 SXM"])} == {(8192, 28672)}
 
 

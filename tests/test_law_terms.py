@@ -86,6 +86,24 @@ def test_counted_work_is_preferred_and_the_right_arch_row_and_bits_are_taken():
     assert law_terms.work("codebook", 4, [count(1.5, lookups_per_weight=0.7)]).lookups == 0.7
 
 
+def test_of_several_launch_shapes_the_cheapest_counts_and_of_one_the_newest():
+    early = count(1.0, variant="A").replace(utc="2026-01-01T00:00:00Z")
+    late = [
+        count(v, variant=name).replace(utc="2026-02-01T00:00:00Z") for name, v in (("A", 1.4), ("B", 3.5))
+    ]
+    assert law_terms.work("codebook", 4, [*late, early], "sm_90").instructions == 1.4
+
+
+def test_additive_codebooks_are_looked_up_each():
+    two, four = (law_terms.derived_work(f"additive-{n}x8", 2 * n // 2) for n in (2, 4))
+    assert four.lookups - two.lookups == pytest.approx(1.0)  # 16 bytes for 8 weights: half a bank a codebook
+    assert (
+        law_terms.weights_per_clock(two)
+        < 32
+        < law_terms.weights_per_clock(law_terms.derived_work("codebook", 4))
+    )
+
+
 def test_fewer_bits_are_no_less_work_a_weight_but_eight_are_more():
     two, four, eight = (law_terms.derived_work("codebook", bits) for bits in (2, 4, 8))
     assert two.instructions >= four.instructions and eight.instructions > 2 * four.instructions

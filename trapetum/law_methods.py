@@ -48,7 +48,8 @@ def label_of(record: Record) -> str:
     """What tells one method from another: its name, the bits of codes, and `(pdl)` for a chain of launches that overlap."""
     name = "codebook-exact" if record.config.get("path") == "exact" else record.method
     bits = record.config.get("bits")
-    says_it = name == "read" or name.endswith(("fp16", "bf16", "fp32", "int4", "int8"))
+    plain = name.endswith(("fp16", "bf16", "fp32", "int4", "int8"))
+    says_it = name == "read" or (plain and not name.startswith("codebook"))
     words = [name] if says_it or bits is None else [name, f"{bits:g}-bit"]
     return " ".join([*words, "(pdl)"] if record.config.get("chain") == "pdl" else words)
 
@@ -130,56 +131,46 @@ def terms_by_method(
     return found
 
 
-def law_rows(device: str, laws: Mapping[str, MethodLaw], read_gbps: float | None) -> list[list[str]]:
-    """The laws of one device as rows of a table, under `LAW_HEADINGS`."""
-    return [_law_row(device, method, read_gbps) for method in laws.values()]
+def law_rows(laws: Mapping[str, MethodLaw], read_gbps: float | None) -> list[list[str]]:
+    """The laws of one device as rows of a table, under `LAW_HEADINGS`; a row stays on one line."""
+    return [[cell.replace(" ", "\u00a0") for cell in _law_row(m, read_gbps)] for m in laws.values()]
 
 
-LAW_HEADINGS = (
-    "device",
-    "method",
-    "t0, us (95 %)",
-    "bandwidth, GB/s (95 %)",
-    "of a plain read",
-    "shapes",
-    "left out: median error",
-    "worst",
-)
+LAW_HEADINGS = ("method", "t0, us (95 %)", "GB/s (95 %)", "of a read", "left out: median", "worst")
 
 
-def _law_row(device: str, method: MethodLaw, read_gbps: float | None) -> list[str]:
+def _law_row(method: MethodLaw, read_gbps: float | None) -> list[str]:
     fit, (record, error) = method.fit, method.worst
     low, high = fit.bandwidth_interval
     return [
-        device,
         method.label,
         f"{fit.t0_us:.2f} ({fit.t0_interval[0]:.2f} to {fit.t0_interval[1]:.2f})",
         f"{fit.bandwidth_gbps:.4g} ({low:.4g} to {high:.4g})",
         f"{100 * fit.bandwidth_gbps / read_gbps:.0f} %" if read_gbps else "not known",
-        str(len({shape_of(r) for r in method.records})),
         f"{100 * method.typical_error:.1f} %",
         "{:+.0f} % at {} x {}".format(100 * error, *shape_of(record)),
     ]
 
 
-def binding_table(
-    terms: Mapping[str, Sequence[tuple[Record, law_terms.Terms]]],
-) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, a row a shape and a column a method: the term that binds, with its share of the time.
+BINDING_HEADINGS = ("method", "smallest", "middle", "largest", "what binds how many shapes")
 
-    A kernel that only reads has a time for each width of codes: the widest stands for its shape.
+
+def binding_rows(terms: Mapping[str, Sequence[tuple[Record, law_terms.Terms]]]) -> list[list[str]]:
+    """A row a method, under `BINDING_HEADINGS`: what binds its smallest, middle and largest shape, with its share, and all.
+
+    Sizes are in bytes. A kernel that only reads has a time for each width of codes: the widest stands for its shape.
     """
-    cells = {label: {shape_of(r): t for r, t in found} for label, found in terms.items()}
-    shapes = sorted({shape for column in cells.values() for shape in column}, key=lambda s: (s[0] * s[1], s))
-    rows = [
-        ["{} x {}".format(*shape), *(_cell(column.get(shape)) for column in cells.values())]
-        for shape in shapes
-    ]
-    return ["in x out", *cells], rows
+    rows = []
+    for label, found in terms.items():
+        by_size = sorted(found, key=lambda pair: pair[0].config["bytes"])
+        one = list({shape_of(r): (r, t) for r, t in by_size}.values())
+        picked = [_cell(one[i][1]) for i in (0, len(one) // 2, -1)]
+        rows.append([label.replace(" ", "\u00a0"), *picked, tally(one)])
+    return rows
 
 
-def _cell(t: law_terms.Terms | None) -> str:
-    return f"{t.binds} {100 * t.share(t.binds):.0f} %" if t else "-"
+def _cell(t: law_terms.Terms) -> str:
+    return f"{t.binds}\u00a0{100 * t.share(t.binds):.0f}\u00a0%"
 
 
 def tally(found: Sequence[tuple[Record, law_terms.Terms]]) -> str:
@@ -235,14 +226,19 @@ SHIFT_HEADINGS = (
 
 def shift_rows(moved: Mapping[str, law.Shift], ratio: float) -> list[list[str]]:
     """Shifts as rows of a table, under `SHIFT_HEADINGS`; `ratio` is that of the read bandwidths."""
-    says = {"as": "as the memory", "less": "less than the memory", "more": "more than the memory"}
+    says = {
+        "as": "as the memory",
+        "less": "part of the way",
+        "not": "not at all",
+        "more": "more than the memory",
+    }
     return [
         [
             label,
             f"{s.t0_us:+.2f} ({s.t0_interval[0]:+.2f} to {s.t0_interval[1]:+.2f})",
             "agrees" if s.t0_agrees else "differs",
             f"{s.ratio:.3f} ({s.ratio_interval[0]:.3f} to {s.ratio_interval[1]:.3f})",
-            says[s.moved(ratio)],
+            says[_side(s, ratio)],
             str(s.n),
         ]
         for label, s in moved.items()
@@ -290,13 +286,21 @@ def in_words(moved: Mapping[str, law.Shift], ratio: float) -> str:
     other = [f"{label} ({s.t0_us:+.2f} us)" for label, s in moved.items() if not s.t0_agrees]
     sentences = [_holds("The fixed time agrees", same, len(moved))]
     sentences += [f"It differs for {_listed(other)}."] if other else []
-    words = {"as": "moved as the memory did", "less": "moved less", "more": "moved more"}
-    sides = {side: [label for label, s in moved.items() if s.moved(ratio) == side] for side in words}
+    words = {"less": "moved, but less,", "not": "did not move", "more": "moved more"}
+    sides = {
+        side: [label for label, s in moved.items() if _side(s, ratio) == side] for side in ("as", *words)
+    }
     sentences.append(_holds(f"The bandwidth moved by the memory's {ratio:.3f}", sides["as"], len(moved)))
-    for side in ("less", "more"):
+    for side, verb in words.items():
         named = [f"{label} ({moved[label].ratio:.2f})" for label in sides[side]]
-        sentences += [f"It {words[side]} for {_listed(named)}."] if named else []
+        sentences += [f"It {verb} for {_listed(named)}."] if named else []
     return " ".join(sentences)
+
+
+def _side(s: law.Shift, ratio: float) -> str:
+    """`as`, `less` or `more` than the memory as in `law.Shift.moved`; `not` where the bandwidth is no higher than it was."""
+    side = s.moved(ratio)
+    return "not" if side == "less" and s.moved(1.0) != "more" else side
 
 
 def _holds(what: str, labels: Sequence[str], of: int) -> str:

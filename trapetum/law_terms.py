@@ -22,10 +22,13 @@ Without one it is derived from the inner loop, as the least it must execute; per
     codebook, 2 bits   the same, and 3 more for two words of 8 weights: a mask each, a shift for every second
     codebook, 8 bits   16 weights: 16 byte-permutes, 16 lookups, 8 byte-permutes to pairs, 1 load of x, 2 tensor-core
                        instructions, 1 load: 44 / 16
+    additive, C x 8    16 weights: 2 C byte-permutes, 2 C lookups of 16 bytes, 2 C tensor-core instructions, 1 load of x,
+                       C/8 load: (1 + 6 1/8 C) / 16
     fp16 dense         8 weights: 1 load, 1 load of x, 4 multiply-adds of two halves: 6 / 8; sums in fp32 take more
     read only          16 bytes: 1 load, 4 exclusive-ors, for 128 / bits weights
 
-Lookups a weight: 1/2 with a table of pairs (2, 3, 4 bits), 1 with 8 bits, and 1/16 for x.
+Lookups a weight: 1/2 with a table of pairs (2, 3, 4 bits), 1 with 8 bits, C/2 with C additive codebooks (16 bytes for 8
+weights each), and 1/16 for x.
 
 The derived counts are of lanes at work; integer instructions that issue at half rate (byte-permutes on sm_80 to sm_90) are
 counted at the full one. So they are lower bounds, and what they miss is in latency.
@@ -43,6 +46,7 @@ LOOKUPS_PER_CLOCK = 32  # one wavefront of 32 banks of 4 bytes
 TERMS = ("bytes", "instructions", "launch", "latency")
 
 _CODEBOOK_INSTRUCTIONS = {4: 19.5 / 16, 3: 19.5 / 16 + 9 / 32, 2: 19.5 / 16 + 3 / 16, 8: 44 / 16}
+_CODEBOOKS = {"additive-2x8": 2, "additive-4x8": 4}
 _X_LOOKUPS = 1 / 16
 _HALF_INSTRUCTIONS = 6 / 8
 _READ_INSTRUCTIONS = 5  # for 16 bytes
@@ -61,6 +65,8 @@ def derived_work(method: str, bits: int | None) -> Work | None:
     why = "derived from the inner loop"
     if method == "codebook" and bits in _CODEBOOK_INSTRUCTIONS:
         return Work(_CODEBOOK_INSTRUCTIONS[bits], (1 if bits == 8 else 1 / 2) + _X_LOOKUPS, why)
+    if books := _CODEBOOKS.get(method):
+        return Work((1 + 49 / 8 * books) / 16, books / 2 + _X_LOOKUPS, why)
     if method in ("linear-fp16", "mv-fp16"):
         return Work(_HALF_INSTRUCTIONS, 0.0, why)
     if method == "read" and bits:
@@ -74,7 +80,7 @@ def work(method: str, bits: int | None, counted: Iterable[Record] = (), arch: st
     Args:
         method, bits: as in a `gemv_time` record.
         counted: `instructions_per_weight` records; those of the same method, bits and one row are used, of `arch` if
-            there are any.
+            there are any. Of several launch shapes (`config.variant`) the one with the fewest instructions counts.
         arch: e.g. `sm_90`.
     """
     derived = derived_work(method, bits)
@@ -83,9 +89,10 @@ def work(method: str, bits: int | None, counted: Iterable[Record] = (), arch: st
     found = [r for r in found if arch in (r.config.get("arch"), r.device.get("arch"))] or found
     if not found:
         return derived
-    newest = max(found, key=lambda r: r.utc or "")
-    lookups = newest.config.get("lookups_per_weight", derived.lookups if derived else 0.0)
-    return Work(newest.value, lookups, f"record {newest.id}")
+    newest = {r.config.get("variant"): r for r in sorted(found, key=lambda r: r.utc or "")}
+    least = min(newest.values(), key=lambda r: r.value)
+    lookups = least.config.get("lookups_per_weight", derived.lookups if derived else 0.0)
+    return Work(least.value, lookups, f"record {least.id}")
 
 
 def one_row(record: Record) -> bool:

@@ -8,7 +8,6 @@ from plotly.subplots import make_subplots
 
 from trapetum import law
 from trapetum.figures.style import (
-    LOG,
     ROOF_COLOUR,
     add_key,
     colour,
@@ -23,7 +22,7 @@ from trapetum.figures.style import (
 from trapetum.records import Record
 
 _PREFIX = "ladder-"
-_DEAD = "#8a6f5a"  # dead ends; the rungs are steps towards `codebook` and have its colour
+_DECADES = (1, 3, 10, 30, 100, 300, 1000)  # us; a narrow panel has no room for more
 
 
 def rung_label(record: Record) -> str:
@@ -38,7 +37,7 @@ def _order(record: Record) -> tuple:
 
 
 def _tint(record: Record) -> str:
-    return _DEAD if "dead" in record.method else colour("codebook", 4)
+    return colour(record.method)
 
 
 def _on_ladder(records: Iterable[Record]) -> list[Record]:
@@ -109,8 +108,9 @@ def _panel(figure: go.Figure, column: int, found: Sequence[Record], axis: str, s
     largest = max(scale(r) for r in found)
     figure.update_xaxes(title=axis, col=column, range=[0, 1.3 * largest])
     if is_time:
-        ends = [math.log10(0.6 * min(r.value for r in found)), math.log10(2.0 * largest)]
-        figure.update_xaxes(**(LOG | {"range": ends}), col=column)
+        ends = [math.log10(0.6 * min(r.value for r in found)), math.log10(4.0 * largest)]
+        ticks = {"tickvals": _DECADES, "ticktext": [str(t) for t in _DECADES]}
+        figure.update_xaxes(type="log", **ticks, range=ends, col=column)
 
 
 def _ideal(figure: go.Figure, times: Sequence[Record], roof_gbps: float, with_rates: bool) -> None:

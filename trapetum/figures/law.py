@@ -280,7 +280,7 @@ def four_terms(
     shown = shown if shown in labels else labels[0]
     every = [r for found in terms.values() for rows in found.values() for r, _ in rows]
     tall = max(len({shape_of(r) for r, _ in rows}) for found in terms.values() for rows in found.values())
-    figure = make_subplots(1, len(terms), horizontal_spacing=0.16, subplot_titles=list(terms))
+    figure = make_subplots(1, len(terms), horizontal_spacing=0.2, subplot_titles=list(terms))
     new_figure(title, provenance(every, "% of the measured time, terms derived"), 250 + 26 * tall, figure)
     owners = []
     for column, found in enumerate(terms.values(), start=1):
@@ -305,7 +305,7 @@ def _one_a_shape(rows: Sequence[tuple[Record, Terms]]) -> list[tuple[Record, Ter
 
 
 def _stacked(rows: Sequence[tuple[Record, Terms]], visible: bool) -> list[go.Bar | go.Scatter]:
-    """One method's bars on one device: a trace a term, the binding term and the time at the end, and the hidden tick."""
+    """One method's bars on one device: a trace a term, the time at the end, and the hidden tick."""
     rows = _one_a_shape(rows)
     names, found = [_shape(r) for r, _ in rows], [t for _, t in rows]
     hover = [_says(r, t) for r, t in rows]
@@ -320,7 +320,7 @@ def _stacked(rows: Sequence[tuple[Record, Terms]], visible: bool) -> list[go.Bar
     ends = [max(100.0, 100 * (t.launch_us + t.longer_us) / t.time_us) for t in found]
     bars.append(
         go.Scatter(
-            x=ends, y=names, mode="text", text=[f" {digits(t.time_us)} us, {t.binds}" for t in found],
+            x=ends, y=names, mode="text", text=[f" {digits(t.time_us)} us" for t in found],
             textposition="middle right", textfont={"size": 11, "color": INK}, hoverinfo="skip", showlegend=False,
             visible=visible, cliponaxis=False,
         )

@@ -1,5 +1,6 @@
 """Times of one matrix-vector product: the ladder of kernels, and dequantize-then-multiply against fused."""
 
+import math
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -69,8 +70,7 @@ def ladder(
         figure.update_xaxes(
             title="relative error against float64",
             type="log",
-            dtick=1,
-            exponentformat="power",
+            **_error_ticks([e.value for e in es]),
             tickangle=0,
             col=2,
         )
@@ -78,6 +78,14 @@ def ladder(
     figure.update_xaxes(title="time, us", range=[0, 1.25 * max(r.value for r in records)], col=1)
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(dict.fromkeys(names)))
     return add_key(figure, [*records, *(e for _, e in rows)])
+
+
+def _error_ticks(errors: Sequence[float]) -> dict:
+    """Ticks of a logarithmic axis: decades, and 2 and 5 between them where the errors span fewer than two."""
+    low, high = (math.floor(math.log10(pick(errors))) for pick in (min, max))
+    steps = (1, 2, 5) if high - low < 2 else (1,)
+    values = [m * 10.0**e for e in range(low, high + 2) for m in steps]
+    return {"tickvals": values, "ticktext": [f"{v:.0e}".replace("e-0", "e-") for v in values]}
 
 
 def _shapes(records: Sequence[Record]) -> str:

@@ -24,14 +24,23 @@ PALETTE = {
     "linear-fp32": "#b5a58c",
     "fp32": "#b5a58c",
     "mv-fp16": "#2f3a42",
+    "mv-bf16": "#7a7266",
+    "own-fp32": "#8a7a55",
+    "own-fp16": "#4f7263",
+    "own-int8": "#7fa08f",
     "dequantize-linear": "#a0577d",
+    "dequantize-linear-bf16": "#c795b0",
     "read": "#111111",
     "codebook": "#1f6fb2",
     "codebook-exact": "#6a51a3",
+    "codebook-int8": "#00838f",
     "additive": "#2a9d5c",
+    "additive-2x8": "#2a9d5c",
+    "additive-4x8": "#14613a",
     "trellis": "#b5367a",
     "tinygemm-int4": "#e08e0b",
     "torch-int4": "#c2571a",
+    "torchao-int4": "#d49a4a",
     "marlin": "#c9a227",
     "gemlite": "#a3602f",
     "any-precision": "#7fa32a",
@@ -77,15 +86,18 @@ _SHADES = {8: 0.5, 4: 0.0, 3: -0.3, 2: -0.55}
 
 KIND_SYMBOLS = {"measured": "circle", "published": "diamond", "derived": "triangle-up"}
 ROOF_COLOUR = "#b3261e"
+DEAD_END = "#8a6f5a"  # kernels of the ladder that no later rung starts from
 INK, FAINT = "#1d2329", "#6b757e"
 FONT = "Inter, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 
 def colour(method: str, bits: float | None = None) -> str:
-    """The colour of a method; of ours, fewer bits are darker.
+    """The colour of a method; of ours, fewer bits are darker. Rungs of the ladder have the codebook's, dead ends their own.
 
     A method that is not in `PALETTE` gets a colour made from its name, always the same.
     """
+    if method.startswith("ladder-"):  # rungs are steps towards `codebook`
+        return DEAD_END if "dead" in method else PALETTE["codebook"]
     base = PALETTE.get(method) or _from_name(method)
     return _shaded(base, _SHADES.get(bits, 0.0)) if method in ("codebook", "codebook-exact") else base
 
