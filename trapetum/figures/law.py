@@ -107,7 +107,7 @@ def law_fit(
     if held_out:
         figure.add_trace(_rings(held_out))
     figure.add_annotation(
-        x=0, y=fit.t0_us, text=f"t0 = {digits(fit.t0_us)} us<br>({_interval(fit.t0_interval)})", ax=70, ay=-45,
+        x=0, y=fit.t0_us, text=f"t0 = {digits(fit.t0_us)} us<br>({_interval(fit.t0_interval)})", ax=60, ay=-100,
         font={"size": 12},
     )  # fmt: skip
     figure.update_xaxes(title="bytes moved, MB", rangemode="tozero")
