@@ -164,7 +164,8 @@ def batch_times(
     for col, group in enumerate(places.values(), start=1):
         _panel(figure, col, group, roof_gbps)
     counts = sorted({r.config["rows"] for r in found})
-    doubled = [n for n in counts if n & (n - 1) == 0]  # all of 1 to 8 would lie on each other where panels are narrow
+    # all of 1 to 8 would lie on each other where panels are narrow
+    doubled = [n for n in counts if n & (n - 1) == 0]
     ticks = {"tickvals": doubled, "ticktext": [str(n) for n in doubled], "tickangle": 0}
     figure.update_xaxes(title="rows of x", type="log", **ticks)
     figure.update_yaxes(**LOG)
