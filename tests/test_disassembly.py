@@ -161,3 +161,17 @@ def test_a_damaged_cubin_is_refused_in_one_sentence(tmp_path):
     broken.write_bytes(b"\x7fELF\x02" + bytes(200))
     with pytest.raises(DisassemblyError, match="nvdisasm cannot read broken.cubin: "):
         disassembly.text_of(broken)
+
+
+def test_a_last_pass_that_loads_nothing_is_an_alternative_and_not_counted():
+    def go(target):
+        return Instruction("BRA", target)
+
+    lds, load = Instruction("LDS"), Instruction("LDG.E.NA.128")
+    # 0 LDS | 1 to the whole pass | 2 to 4 the last pass, which leaves past the other | 5 to 7 the whole pass | 8 back
+    code = [lds, go(5), lds, lds, go(8), lds, load, lds, go(0)]
+    found = inner_loop(code, CODES)
+    assert [i.name for i in found.counted] == ["LDS", "BRA", "LDS", "LDG", "LDS", "BRA"]
+    assert found.code_bytes == 16
+    reads_both = [lds, go(5), load, lds, go(8), lds, load, lds, go(0)]
+    assert len(inner_loop(reads_both, CODES).counted) == len(reads_both)

@@ -146,8 +146,12 @@ def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def _not_every_pass(code: Sequence[Instruction], loop: tuple[int, int]) -> set[int]:
-    """What a forward branch skips and a pass seldom meets: a stretch with a barrier or with a loop of its own."""
+def _not_every_pass(code: Sequence[Instruction], loop: tuple[int, int], loads: Sequence[int]) -> set[int]:
+    """What a forward branch skips and a whole pass does not meet.
+
+    A stretch with a barrier or with a loop of its own; and of two alternatives (the first ends with a branch past the second)
+    the one that loads no codes, where the other does: the last, ragged pass.
+    """
     skipped: set[int] = set()
     for at in range(loop[0], loop[1]):
         target = code[at].target
@@ -157,6 +161,14 @@ def _not_every_pass(code: Sequence[Instruction], loop: tuple[int, int]) -> set[i
         nested = any(_inside(span, (at, target - 1)) for span in _spans(code))
         if nested or any(code[k].name == "BAR" for k in stretch):
             skipped |= set(stretch)
+            continue
+        # the first of two alternatives ends with a branch past the second
+        past = code[target - 1].target
+        if past is not None and target < past <= loop[1]:
+            first, second = stretch, range(target, past)
+            reads_first, reads_second = (any(k in side for k in loads) for side in (first, second))
+            if reads_first != reads_second:
+                skipped |= set(second if reads_first else first)
     return skipped
 
 
@@ -166,7 +178,8 @@ def inner_loop(code: Sequence[Instruction], load: str) -> Loop:
     Counted is every instruction between the loop's head and its backward branch, both included, once: the rest of the
     kernel (building the table, staging x, meeting in shared memory) is not. An instruction that a predicate may switch
     off is counted, for it is issued; so is one behind a forward branch (a tail that a full pass goes through), except
-    for a stretch with a barrier or a loop of its own (what is done once for a whole panel of x). Of several loops that
+    for a stretch with a barrier or a loop of its own (what is done once for a whole panel of x) and for an alternative
+    that loads no codes beside one that does (the last pass, which has nothing more to fetch). Of several loops that
     read codes, the innermost count, and of those the one with the most loads: the unrolled one, not its remainder.
 
     The loop's instructions over the weights that one thread loads in a pass are instructions a weight, since an
@@ -186,6 +199,6 @@ def inner_loop(code: Sequence[Instruction], load: str) -> Loop:
     if not innermost:
         raise DisassemblyError(f"no loop with a load that matches {load!r} in {len(code)} instructions.")
     best = max(innermost, key=lambda span: sum(span[0] <= at <= span[1] for at in loads))
-    skipped = _not_every_pass(code, best)
+    skipped = _not_every_pass(code, best, loads)
     kept = [code[at] for at in range(best[0], best[1] + 1) if at not in skipped]
     return Loop(tuple(kept), sum(i.width for i in kept if re.search(load, i.opcode)))
