@@ -157,7 +157,11 @@ def _tile_rows(layer: CodebookLinear) -> int | None:
 
 
 def _stackable(layers) -> bool:
-    if len({(type(layer), _weight(layer).dtype) for layer in layers}) > 1:
+    if len({type(layer) for layer in layers}) > 1:
+        return False
+    if hasattr(layers[0], "stackable"):
+        return layers[0].stackable(layers)
+    if len({_weight(layer).dtype for layer in layers}) > 1:
         return False
     if not isinstance(layers[0], CodebookLinear):
         return True
@@ -171,7 +175,8 @@ def project(layers: Sequence[nn.Module], dtype: torch.dtype):
     """One callable for linear layers that share their input.
 
     Args:
-        layers: `nn.Linear` or `CodebookLinear`, of one in_features, on one device.
+        layers: `nn.Linear`, `CodebookLinear`, or of a class with its own `stackable(layers)` and
+            `projection(layers, dtype)`; of one in_features, on one device.
         dtype: of x and y.
 
     Returns:
@@ -179,6 +184,8 @@ def project(layers: Sequence[nn.Module], dtype: torch.dtype):
     """
     if len(layers) > 1 and not _stackable(layers):
         return Apart(layers, dtype)
+    if hasattr(layers[0], "projection"):
+        return layers[0].projection(layers, dtype)
     if not isinstance(layers[0], CodebookLinear):
         return Dense(layers, dtype)
     if layers[0].codes.is_cuda or dtype != torch.float32:
