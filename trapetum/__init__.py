@@ -12,7 +12,7 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       cpu_threads, cpu_dense, ops, additive, cuda_additive    over them
     kmeans, quantizers                                        how the values of a codebook are chosen
     linear, swap, checkpoint, models, hf, register            models with codebook layers: make, save, load
-    projection, llama_step, decoders, decode                  one token after another, stage by stage
+    projection, tinygemm, llama_step, decoders, decode        one token after another, stage by stage
     perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
       trained, builtin                                        model trained on them
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
