@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 # A cold read is measured with a spread, so two per cent above its median is still believed.
 COLD_READ_MARGIN = 1.02
+_DECODES = ("decode_speed", "window_speed", "context_speed")
 
 
 class Ceilings(NamedTuple):
@@ -28,13 +29,13 @@ def _seconds(record) -> float | None:
     """Seconds in which the record moved `config.bytes`, where that can be said."""
     if record.quantity == "gemv_time":
         return record.value * 1e-6
-    return 1 / record.value if record.quantity == "decode_speed" else None
+    return 1 / record.value if record.quantity in _DECODES else None
 
 
 def implied_gbps(record) -> float | None:
     """The bandwidth in GB/s that a record implies, wherever the bytes came from (memory or cache).
 
-    `gemv_time` and `decode_speed`: `config.bytes` (moved by one call, by one token) over the time.
+    `gemv_time` and the speeds of a decode: `config.bytes` (moved by one call, by one token) over the time.
     `read_bandwidth`, `dequant_bandwidth`: the value itself. None for other quantities or without `config.bytes`.
     """
     if record.quantity in ("read_bandwidth", "dequant_bandwidth"):
@@ -48,7 +49,7 @@ def _cache_bytes(record) -> float:
 
     A decode reads the same weights for every token, so it counts as warm unless its config says `cold`.
     """
-    unsaid = "warm" if record.quantity == "decode_speed" else "cold"
+    unsaid = "warm" if record.quantity in _DECODES else "cold"
     return (_numeric(record.device, "l2_bytes") or 0.0) if record.config.get("l2", unsaid) == "warm" else 0.0
 
 

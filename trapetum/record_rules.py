@@ -17,6 +17,9 @@ QUANTITIES = {
     "linears_time": "us",  # all matrix-vector products of one token
     "dequant_bandwidth": "GB/s",  # bytes read and written / time, codes to dense weights
     "decode_speed": "tok/s",  # batch 1
+    "window_speed": "tok/s",  # batch 1, over config.window of the tokens of one decode
+    "context_speed": "tok/s",  # batch 1, over a few steps that end at config.context cached tokens
+    "token_part": "us",  # of the time of one token: config.part says which
     "decode_memory": "GB",  # highest memory in use during a decode
     "energy_per_token": "J",
     "perplexity": "",
@@ -44,6 +47,8 @@ QUANTITIES = {
     "memory_ratio": "",  # bytes of config.baseline over this one's
     "perplexity_ratio": "",  # this one's over config.baseline's
     "token_agreement": "",  # share of tokens equal to config.baseline's
+    "logit_error": "",  # largest difference of a logit from config.baseline's
+    "logit_gap": "",  # by how much config.baseline prefers its token to the one chosen, in its own logits
     "instruction_count": "",  # machine instructions that one operation compiles to
     "call_accepted": "",  # 1: the call ran; 0: it raised config.error
 }
@@ -57,9 +62,12 @@ _MAY_BE_ZERO = {
     "power",
     "carbon_per_1k_tokens",
     "token_agreement",
+    "token_part",
+    "logit_error",
+    "logit_gap",
     "call_accepted",
 }
-_MAY_BE_NEGATIVE = {"energy_per_token", "power", "carbon_per_1k_tokens"}
+_MAY_BE_NEGATIVE = {"energy_per_token", "power", "carbon_per_1k_tokens", "token_part"}
 
 
 class RecordError(ValueError):

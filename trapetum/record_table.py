@@ -74,7 +74,7 @@ def select(
 # What tells one measurement from another; the rest of a config (copies, threads, profile) is how it was made.
 _SUBJECT = (
     "in_features out_features model text bits n_codes group_size path variant l2 chain calls stage context "
-    "new_tokens batch rows window stride linears lm_head accounting host format range beside timer peak arch"
+    "new_tokens batch rows window stride linears lm_head kv part accounting host format range beside timer peak arch"
 ).split()
 
 
