@@ -1,15 +1,76 @@
 """Load a CUDA source of `kernels/` and launch it on PyTorch's current stream.
 
 NVRTC compiles (`trapetum.build`), CuPy loads the cubin, and `cuLaunchKernelEx` launches, so that a launch can carry the
-programmatic-dependent-launch attribute and can be captured in a CUDA graph.
+programmatic-dependent-launch attribute and can be captured in a CUDA graph. `recorded` collects the launches of a block of
+code, so that they can be made elsewhere.
 """
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from trapetum import build
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for.
+
+    Attributes:
+        source, name, defines: of the kernel, as `Kernel` takes them.
+        grid, block: three sizes each.
+        shared_bytes: dynamic shared memory.
+        arguments: pairs (value, ctypes type); a pointer's value is a device address.
+        pdl: whether it may overlap the kernel before it.
+        cubin: the compiled source, on disk.
+    """
+
+    source: str
+    name: str
+    defines: tuple[str, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    arguments: tuple[tuple, ...]
+    pdl: bool
+    cubin: Path
+
+
+@dataclass
+class _Recording:
+    launches: list[Launch]
+    dry: bool
+
+
+_recording: _Recording | None = None  # what `recorded` collects into
+
+
+@contextmanager
+def recorded(dry: bool = False) -> Iterator[list[Launch]]:
+    """Within this context every `Kernel.launch` of the process is noted, in order.
+
+    Args:
+        dry: note the launches instead of making them.
+
+    Yields:
+        the list that grows with each launch.
+
+    Raises:
+        RuntimeError: launches are being recorded already.
+    """
+    global _recording
+    if _recording is not None:
+        raise RuntimeError("launches are being recorded already; end that recording first.")
+    _recording = _Recording([], dry)
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
 
 
 class Kernel:
@@ -26,7 +87,11 @@ class Kernel:
         import cupy
         from cuda.bindings import driver
 
+        self.source, self.name, self.defines = source, name, tuple(defines)
+        self.cubin: Path | None = None
+
         def load(path):
+            self.cubin = path
             function = cupy.RawModule(path=str(path)).get_function(name)
             return function, driver.CUfunction(int(function.kernel.ptr))  # only now the driver sees the cubin
 
@@ -52,6 +117,10 @@ class Kernel:
         Raises:
             RuntimeError: CUDA refused the launch.
         """
+        if _recording is not None:
+            _recording.launches.append(self._noted(grid, block, shared_bytes, arguments, pdl))
+            if _recording.dry:
+                return
         if shared_bytes > self._shared_limit:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_limit = shared_bytes
@@ -70,6 +139,10 @@ class Kernel:
                 f"CUDA refused the launch of {self._function.name} with grid {grid}, block {block} and "
                 f"{shared_bytes} bytes of shared memory: {status.name}"
             )
+
+    def _noted(self, grid, block, shared_bytes: int, arguments, pdl: bool) -> Launch:
+        kernel = self.source, self.name, self.defines
+        return Launch(*kernel, tuple(grid), tuple(block), shared_bytes, tuple(arguments), pdl, self.cubin)
 
 
 @cache
