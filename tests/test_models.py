@@ -243,7 +243,7 @@ def test_wrong_arguments():
     assert_refused(message, "'fp12'", "bf16")
     with pytest.raises(models.ModelError) as message:
         models.load("builtin", bits=4)
-    assert_refused(message, "bits=4", "quantize_model")
+    assert_refused(message, "bits=4", "quantize=QuantizeSpec(4)")
 
 
 def write_config(folder, **config):

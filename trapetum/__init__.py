@@ -6,12 +6,13 @@
 The modules from the bottom up; a line imports only from itself and the lines above it:
 
     paths, kernel_cache, build, disassembly, plans, launch    where things are; compile, cache and launch kernels
-    hardware, shapes, law, law_terms, law_methods,            facts and formulas;
+    hardware, shapes, memory, law, law_terms, law_methods,    facts and formulas;
       law_cards, pareto, records, machine                     none needs torch
     formats, gemv_plans, cuda, ladder, cpu, cpu_layout,       codebook weights, kernels, the torch operator
       cpu_threads, cpu_dense, ops, additive, cuda_additive    over them
     kmeans, quantizers                                        how the values of a codebook are chosen
-    linear, swap, checkpoint, models, hf, register            models with codebook layers: make, save, load
+    linear, swap, checkpoint, architectures, shards,          models with codebook layers:
+      streaming, models, hf, register                         make, save, load
     projection, tinygemm, llama_step, decoders, decode        one token after another, stage by stage
     perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
       trained, builtin                                        model trained on them

@@ -451,14 +451,23 @@ def quantize(
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
-    """Quantize a model to codebooks and save it as safetensors that transformers can load."""
+    """Quantize a model to codebooks and save it as safetensors that transformers can load.
+
+    Without --calibrate the weights are quantized as they are read, so that the dense model is never in memory.
+    """
     from trapetum import machine, models
 
-    loaded = models.load(model, machine.choose_device(device))
-    calibration = _calibration(loaded, calibrate)
-    done = models.quantize_model(
-        loaded.model, bits, method, lm_head=lm_head, calibration=calibration, progress=not json_output
-    )
+    device = machine.choose_device(device)
+    if calibrate is None:
+        spec = models.QuantizeSpec(bits, method, lm_head=lm_head)
+        loaded = models.load(model, device, quantize=spec, progress=not json_output)
+        done = loaded.report
+    else:
+        loaded = models.load(model, device)
+        rows = _calibration(loaded, calibrate)
+        done = models.quantize_model(
+            loaded.model, bits, method, lm_head=lm_head, calibration=rows, progress=not json_output
+        )
     folder = models.save(loaded.model, loaded.tokenizer, out)
     if json_output:
         typer.echo(json.dumps(asdict(done) | {"out": str(folder)}, indent=1))

@@ -75,12 +75,9 @@ def _prompt_ids(loaded: models.Loaded, prompt: str) -> torch.Tensor:
 
 
 def _load(name: str, bits: int | None, device: str) -> models.Loaded:
-    if name.startswith("random:"):
+    if bits is None or name.startswith("random:"):
         return models.load(name, device, bits=bits)
-    loaded = models.load(name, device)
-    if bits is not None:
-        models.quantize_model(loaded.model, bits, progress=False)
-    return loaded
+    return models.load(name, device, quantize=models.QuantizeSpec(bits))
 
 
 def run(

@@ -1,16 +1,29 @@
 """Get a model by name, and write a quantized one: hub id, local directory, the built-in model, or random weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
+from trapetum.architectures import (  # noqa: F401
+    ARCHITECTURES,
+    config_of,
+    empty_model,
+    make_rope,
+    require_architecture,
+    require_supported,
+    shape_of,
+)
 from trapetum.checkpoint import OWNER, ModelError, quantization_config, save  # noqa: F401
+from trapetum.memory import memory_estimate  # noqa: F401
 from trapetum.paths import BUILTIN_MODEL
 from trapetum.shapes import MODELS, ModelShape
+from trapetum.shards import INDEX, SINGLE, files_of
+from trapetum.streaming import QuantizeSpec, fill, load_quantized, random_values, require_streamable
 from trapetum.swap import (  # noqa: F401  the whole life of a model can be had from here
     Report,
     dequantize_model,
@@ -20,10 +33,10 @@ from trapetum.swap import (  # noqa: F401  the whole life of a model can be had 
     weight_bytes,
 )
 
-#: `model_type` of the architectures that the decode loop of `trapetum.decode` knows.
-ARCHITECTURES = ("llama", "mistral")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_RANDOM_CONTEXT = 8192
+_SMALL_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer*", "special_tokens_map.json") + (
+    "added_tokens.json", "chat_template*", "vocab.json", "merges.txt"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Loaded:
         name: as it was asked for.
         shape: sizes, for bytes per token.
         kind: "builtin", "hub", "directory" or "random".
+        report: what was quantized while loading, or None.
     """
 
     model: Any
@@ -43,6 +57,7 @@ class Loaded:
     name: str
     shape: ModelShape
     kind: str
+    report: Report | None = None
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -53,95 +68,44 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def shape_of(config, name: str) -> ModelShape:
-    """The sizes of a transformers config as a `ModelShape`."""
-    heads = config.num_attention_heads
-    return ModelShape(
-        name=name,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        intermediate=config.intermediate_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab=config.vocab_size,
-        tied_embeddings=config.tie_word_embeddings,
-        source="config.json",
-    )
-
-
-def config_of(shape: ModelShape, **overrides):
-    """A `LlamaConfig` with the sizes of `shape`; rope and norm constants are transformers' defaults."""
-    from transformers import LlamaConfig
-
-    sizes = dict(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied_embeddings,
-        max_position_embeddings=_RANDOM_CONTEXT,
-    )
-    return LlamaConfig(**(sizes | overrides))
-
-
-@torch.no_grad()
-def _materialize(model: nn.Module, device: str, seed: int) -> None:
-    """Give every parameter that is still on the meta device random values on `device`: norms 1, the rest N(0, 0.02)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    made: dict[int, tuple] = {}  # id of the meta parameter (kept alive): itself and its value
-    for module in model.modules():
-        for leaf, meta in list(module._parameters.items()):
-            if meta is None or not meta.is_meta:
-                continue
-            if id(meta) not in made:
-                value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-                value = value.fill_(1) if meta.dim() == 1 else value.normal_(0, 0.02, generator=generator)
-                made[id(meta)] = meta, nn.Parameter(value, requires_grad=False)
-            module._parameters[leaf] = made[id(meta)][1]
-
-
 def random_model(
     shape: ModelShape, device="cpu", dtype=torch.float16, bits=None, lm_head=False, seed=0, **config
 ):
-    """A Llama with random weights, made on `device` in `dtype` tensor by tensor (never held twice).
+    """A model with random weights, made on `device` in `dtype` tensor by tensor (never held twice).
 
     Args:
-        shape: sizes.
+        shape: sizes and architecture.
         device: where to make the weights.
         dtype: of the dense weights and the activations.
         bits: random codes of so many bits in the linear layers; None for dense weights.
         lm_head: codes in the output head too.
         seed: of the weights.
-        config: overrides for `LlamaConfig`.
+        config: overrides for the config, as `config_of` takes them.
 
     Returns:
-        a `LlamaForCausalLM` in eval mode.
+        a transformers causal language model of the shape's architecture, in eval mode.
     """
-    from transformers import LlamaForCausalLM
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config_of(shape, **config)).to(dtype)
-    model.tie_weights()
+    model = empty_model(config_of(shape, **config), dtype)
     if bits is not None:
         randomize_codes(model, bits, seed, lm_head=lm_head, device=device)
-    _materialize(model, str(device), seed)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config).to(device)
-    model.config.dtype = dtype
+    fill(model, random_values(device, seed))
+    make_rope(model, device)
     return model.eval().requires_grad_(False)
 
 
-def _random(name, device, dtype, bits, lm_head, seed) -> Loaded:
+def _random(name, device, dtype, bits, lm_head, seed, spec, progress) -> Loaded:
     shape_name = name.removeprefix("random:")
     if shape_name not in MODELS:
         raise ModelError(f"no model shape {shape_name!r}; random: takes one of {', '.join(MODELS)}.")
     shape = MODELS[shape_name]
     dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
-    return Loaded(random_model(shape, device, dtype, bits, lm_head, seed), None, name, shape, "random")
+    if spec is None:
+        model = random_model(shape, device, dtype, bits, lm_head, seed)
+        return Loaded(model, None, name, shape, "random")
+    model = empty_model(config_of(shape), dtype)
+    report = fill(model, random_values(device, seed), spec, progress)
+    make_rope(model, device)
+    return Loaded(model.eval().requires_grad_(False), None, name, shape, "random", report)
 
 
 def _require_checkpoint(folder: Path) -> None:
@@ -151,19 +115,6 @@ def _require_checkpoint(folder: Path) -> None:
         raise ModelError(
             f"{folder} holds no .safetensors file; trapetum does not open pickled weights (.bin, .pt), "
             "so save the model with safetensors first."
-        )
-
-
-def _require_supported(config, name: str) -> None:
-    if config.model_type not in ARCHITECTURES:
-        raise ModelError(
-            f"{name} is a {config.model_type!r} model; trapetum runs these architectures: {', '.join(ARCHITECTURES)}."
-        )
-    quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method", OWNER) if isinstance(quantization, dict) else OWNER
-    if method != OWNER:
-        raise ModelError(
-            f"{name} is quantized with {method!r}; load the checkpoint with its original weights."
         )
 
 
@@ -179,14 +130,24 @@ def _first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def _from_pretrained(source: str, name: str, dtype):
-    """The config, model and tokenizer that transformers finds at `source` (a directory or a hub id)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _config(source: str, name: str):
+    """The config that transformers finds at `source` (a directory or a hub id), of a supported architecture."""
+    from transformers import AutoConfig, PreTrainedConfig
 
     import trapetum.hf  # noqa: F401  registers the quantizer
 
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    require_architecture(fields.get("model_type"), name)  # before a class is sought that may not exist
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    _require_supported(config, name)
+    require_supported(config, name)
+    return config
+
+
+def _from_pretrained(source: str, name: str, dtype):
+    """The config, model and tokenizer that transformers finds at `source` (a directory or a hub id)."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(source, name)
     model, found = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
@@ -213,19 +174,48 @@ def _pretrained(source: str, name: str, kind: str, device, dtype) -> Loaded:
     return Loaded(model, tokenizer, name, shape_of(config, name), kind)
 
 
-def _directory(folder: Path, name: str, kind: str, device, dtype) -> Loaded:
-    _require_checkpoint(folder)
+def _quantized(folder: Path, config, name: str, kind: str, device, dtype, spec, progress) -> Loaded:
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name} is quantized already; load it as it is, or quantize the dense checkpoint.")
+    with _one_sentence(folder):  # before the long part
+        tokenizer, generation = _tokenizer(str(folder)), _generation_config(folder)
+    model, report = load_quantized(folder, config, device, dtype, spec, progress)
+    model.generation_config = generation
+    return Loaded(model, tokenizer, name, shape_of(config, name), kind, report)
+
+
+def _generation_config(folder: Path):
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+@contextmanager
+def _one_sentence(folder: Path) -> Iterator[None]:
+    """What transformers and the system raise about a directory becomes a `ModelError`."""
     try:
-        return _pretrained(str(folder), name, kind, device, dtype)
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{folder} cannot be loaded ({_first_sentence(error)}).") from error
 
 
-def _hub(name: str, device, dtype) -> Loaded:
+def _directory(folder: Path, name: str, kind: str, device, dtype, spec, progress) -> Loaded:
+    _require_checkpoint(folder)
+    with _one_sentence(folder):
+        if spec is None:
+            return _pretrained(str(folder), name, kind, device, dtype)
+        config = _config(str(folder), name)
+    return _quantized(folder, config, name, kind, device, dtype, spec, progress)
+
+
+@contextmanager
+def _hub_sentence(name: str) -> Iterator[None]:
     try:
-        return _pretrained(name, name, "hub", device, dtype)
+        yield
     except ModelError:
         raise
     except Exception as error:  # the hub client raises its own, requests', httpx' and the system's errors
@@ -233,6 +223,29 @@ def _hub(name: str, device, dtype) -> Loaded:
             f"the Hugging Face hub did not give {name!r} ({_first_sentence(error)}); check the id and the network, "
             "or give a local directory, 'builtin', or 'random:SHAPE'."
         ) from error
+
+
+def _download(name: str) -> tuple[Path, Any]:
+    """A hub model's config, tokenizer and safetensors, nothing else: the snapshot's directory and the config.
+
+    The small files come first, so that an unsupported model costs no download, and the index says which of the
+    repository's safetensors files are the model's.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=list(_SMALL_FILES)))
+    config = _config(str(folder), name)
+    weights = sorted(set(files_of(folder).values())) if (folder / INDEX).is_file() else [SINGLE]
+    snapshot_download(name, revision=folder.name, allow_patterns=weights)
+    return folder, config
+
+
+def _hub(name: str, device, dtype, spec, progress) -> Loaded:
+    with _hub_sentence(name):
+        if spec is None:
+            return _pretrained(name, name, "hub", device, dtype)
+        folder, config = _download(name)
+    return _quantized(folder, config, name, "hub", device, dtype, spec, progress)
 
 
 def _looks_local(name: str) -> bool:
@@ -246,8 +259,14 @@ def load(
     bits: int | None = None,
     lm_head: bool = False,
     seed: int = 0,
+    quantize: QuantizeSpec | None = None,
+    progress: bool = False,
 ) -> Loaded:
     """Load a model by name.
+
+    With `quantize` the weights are read tensor by tensor, and each linear is quantized on `device` before the next is
+    read: memory peaks near the quantized size plus one dense layer, and the codes are those of `quantize_model` on the
+    model loaded dense.
 
     Args:
         name: "builtin", "random:llama-2-7b" (any of `shapes.MODELS`), a local directory (dense, or written by
@@ -256,27 +275,40 @@ def load(
         dtype: of dense weights and activations, also "fp16", "bf16", "fp32"; default the checkpoint's, for random
             weights fp16 on CUDA and fp32 on the CPU.
         bits: for "random:" only: random codes of so many bits instead of dense weights.
-        lm_head: for "random:" only: codes in the output head too.
+        lm_head: for "random:" with `bits`: codes in the output head too.
         seed: of random weights.
+        quantize: how to quantize while loading; None loads what is stored.
+        progress: show a progress bar while quantizing.
 
     Raises:
-        ModelError: not found, refused by the hub, not safetensors, or an unsupported architecture.
+        ModelError: not found, refused by the hub, not safetensors, damaged, or an unsupported architecture.
+        ValueError: a scheme or method that cannot quantize while loading, or a weight that cannot be quantized (by name).
     """
     dtype = _dtype(dtype)
+    _require_one_way(name, bits, quantize)
     if name.startswith("random:"):
-        return _random(name, device, dtype, bits, lm_head, seed)
-    if bits is not None:
-        raise ModelError(f"bits={bits} is for random: shapes; load {name!r} and call quantize_model on it.")
+        return _random(name, device, dtype, bits, lm_head, seed, quantize, progress)
     if name == "builtin":
         if not BUILTIN_MODEL.is_dir():
             raise ModelError(f"the built-in model is not in {BUILTIN_MODEL}; notebook 90 trains it.")
-        return _directory(BUILTIN_MODEL, name, "builtin", device, dtype)
+        return _directory(BUILTIN_MODEL, name, "builtin", device, dtype, quantize, progress)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _directory(folder, name, "directory", device, dtype)
+        return _directory(folder, name, "directory", device, dtype, quantize, progress)
     if _looks_local(name):
         known = ", ".join(f"random:{shape}" for shape in MODELS)
         raise ModelError(
             f"no directory {name!r}, and it is not a hub id (owner/name), 'builtin', or one of {known}."
         )
-    return _hub(name, device, dtype)
+    return _hub(name, device, dtype, quantize, progress)
+
+
+def _require_one_way(name: str, bits: int | None, spec: QuantizeSpec | None) -> None:
+    if bits is not None and not name.startswith("random:"):
+        raise ModelError(
+            f"bits={bits} is for random: shapes; load {name!r} with quantize=QuantizeSpec({bits})."
+        )
+    if bits is not None and spec is not None:
+        raise ModelError(f"bits={bits} makes random codes and quantize makes real ones; give one of the two.")
+    if spec is not None:
+        require_streamable(spec)

@@ -73,6 +73,30 @@ def _bias(layer: nn.Linear) -> Tensor | None:
     return layer.bias.detach() if layer.bias is not None else None
 
 
+def quantized_layer(
+    weight: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    method: str,
+    n_codes: int | None,
+    input_weight: Tensor | None = None,
+    name: str = "layer",
+) -> tuple[CodebookLinear, float]:
+    """The codebook layer of one dense weight, and its relative squared weight error.
+
+    Args:
+        weight: floating [out_features, in_features].
+        bias: [out_features], kept as it is, or None.
+        bits, method, n_codes, input_weight: as for `trapetum.quantizers.quantize`.
+        name: the layer, for an error.
+
+    Raises:
+        ValueError: as `trapetum.quantizers.quantize`.
+    """
+    quantized = quantize(weight, bits, method, n_codes, input_weight=input_weight, name=f"{name}.weight")
+    return CodebookLinear.from_weight(quantized, bias), float(weight_error(weight, quantized))
+
+
 class _SecondMoments:
     """Hooks that average x^2 per input feature of each linear layer over calibration tokens."""
 
@@ -152,17 +176,15 @@ def quantize_model(
         raise ValueError("the model has no dense linear layers left to quantize; load the dense checkpoint.")
     moments = _input_weights(model, layers, method, calibration, progress)
     for name, layer in tqdm(layers, desc=f"quantize to {bits} bits", unit="layer", disable=not progress):
-        weight = layer.weight.detach()
-        quantized = quantize(
-            weight, bits, method, n_codes, input_weight=moments.get(name), name=f"{name}.weight"
+        made, errors[name] = quantized_layer(
+            layer.weight.detach(), _bias(layer), bits, method, n_codes, moments.get(name), name
         )
-        errors[name] = float(weight_error(weight, quantized))
-        replace(model, name, CodebookLinear.from_weight(quantized, _bias(layer)))
-    _note(model, method)
+        replace(model, name, made)
+    note_method(model, method)
     return Report(errors, time.perf_counter() - start, bits, n_codes or 2**bits, method)
 
 
-def _note(model: nn.Module, method: str) -> None:
+def note_method(model: nn.Module, method: str) -> None:
     """Remember the method for `models.save`, on the model, where the codes are."""
     model.trapetum_method = method
 
@@ -218,7 +240,7 @@ def randomize_codes(
             generators[place] = torch.Generator(place).manual_seed(seed)
         weight = random_weight(layer.out_features, layer.in_features, bits, generators[place], n_codes)
         replace(model, name, CodebookLinear.from_weight(weight, _bias(layer)))
-    _note(model, "random")
+    note_method(model, "random")
 
 
 @torch.no_grad()

@@ -1,0 +1,102 @@
+"""How much memory a model takes while it decodes, part by part, before it is loaded. No torch."""
+
+from trapetum.shapes import FORMATS, KV_BLOCK, ModelShape, matrix_bytes, require_kv
+
+_HALF = 2  # bytes of an fp16 or bf16 number
+_FLOAT = 4
+
+
+def cache_bytes(shape: ModelShape, context: int, kv: str = "fp16") -> int:
+    """Bytes of a cache made for `context` tokens.
+
+    A quantized cache is made of whole blocks of `KV_BLOCK` tokens, scales and zero points included, and of one block a
+    layer in fp16, where tokens wait until it is full.
+
+    Args:
+        shape: the model.
+        context: tokens that it must hold.
+        kv: a key of `trapetum.shapes.KV_FORMATS`.
+
+    Raises:
+        ValueError: `kv` is unknown.
+    """
+    if require_kv(kv) == 16:
+        return shape.kv_bytes(context)
+    blocks = -(-context // KV_BLOCK)
+    return shape.layers * blocks * shape.kv_block_bytes(kv) + shape.kv_bytes(KV_BLOCK)
+
+
+def _linear_bytes(shape: ModelShape, fmt: str) -> int:
+    layer = sum(matrix_bytes(inputs, outputs, fmt) for _, inputs, outputs in shape.linears())
+    return shape.layers * layer + _HALF * (shape.bias_weights + shape.norm_weights)
+
+
+def _head_bytes(shape: ModelShape, fmt: str, lm_head: bool) -> int:
+    if lm_head:
+        return matrix_bytes(shape.hidden, shape.vocab, fmt)
+    return 0 if shape.tied_embeddings else _HALF * shape.lm_head_weights
+
+
+def _qkv(shape: ModelShape) -> int:
+    return (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+
+
+def _step_bytes(shape: ModelShape, context: int, rows: int) -> int:
+    """Two residual streams, the four products of a layer, logits, and the two rope tables."""
+    attended = shape.heads * shape.head_dim
+    halves = 2 * shape.hidden + _qkv(shape) + attended + shape.intermediate
+    return rows * (_HALF * halves + _FLOAT * shape.vocab) + 2 * _HALF * context * shape.head_dim
+
+
+def _prefill_bytes(shape: ModelShape, dense: bool, prompt: int) -> int:
+    """What all tokens of a prompt at once need: the widest product with its input, and its weight written out dense."""
+    if prompt <= 1:
+        return 0
+    widest = max(_qkv(shape), 2 * shape.intermediate)
+    numbers = prompt * (2 * shape.hidden + widest + shape.intermediate)
+    return _HALF * (numbers + (0 if dense else shape.hidden * widest))
+
+
+def memory_estimate(
+    shape: ModelShape,
+    bits: int | None,
+    context: int,
+    kv: str = "fp16",
+    lm_head: bool = False,
+    rows: int = 1,
+    prompt: int = 0,
+) -> dict[str, int]:
+    """Bytes that a 16-bit or codebook model takes while it decodes, by part; their sum is the expected peak.
+
+    Args:
+        shape: the model.
+        bits: of the codes of the linears, or None for dense 16-bit weights.
+        context: tokens that the cache is made for.
+        kv: format of the cache, a key of `trapetum.shapes.KV_FORMATS`.
+        lm_head: codes in the output head too.
+        rows: tokens fed at once in a step.
+        prompt: tokens of a prompt that goes through the layers at once; 0 leaves the prefill out.
+
+    Returns:
+        "weights" (linears with codebooks and biases, norms), "embedding", "output head" (0 where it is the embedding),
+        "KV cache" (scales included), "activations" (one step's buffers and the rope tables) and "prefill". The CUDA
+        context, libraries and what an allocator holds in reserve are not counted, nor is padding to whole tiles of a
+        kernel's layout, which shapes of released models do not need.
+
+    Raises:
+        ValueError: no such bits or cache format, or a context below 1.
+    """
+    fmt = "fp16" if bits is None else f"codebook-{bits}"
+    if fmt not in FORMATS:
+        known = ", ".join(name.removeprefix("codebook-") for name in FORMATS if name.startswith("codebook-"))
+        raise ValueError(f"{bits} bits per code are not supported; choose one of {known}, or None for fp16.")
+    if context < 1:
+        raise ValueError(f"the context is {context}; a cache holds at least 1 token.")
+    return {
+        "weights": _linear_bytes(shape, fmt),
+        "embedding": _HALF * shape.embedding_weights,
+        "output head": _head_bytes(shape, fmt, lm_head and bits is not None),
+        "KV cache": cache_bytes(shape, context, kv),
+        "activations": _step_bytes(shape, context, rows),
+        "prefill": _prefill_bytes(shape, bits is None, prompt),
+    }
