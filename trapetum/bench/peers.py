@@ -103,13 +103,14 @@ def _plain_tensors() -> Iterator[None]:
 def stored(layer: nn.Module) -> list[Tensor]:
     """The plain tensors that a layer keeps: parameters, buffers, what is inside them, and bitsandbytes' state."""
     held = [*layer.parameters(), *layer.buffers()]
-    return [plain for tensor in held for plain in _plain(tensor)]
+    return [inner for tensor in held for inner in plain(tensor)]
 
 
-def _plain(tensor: Tensor) -> list[Tensor]:
+def plain(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors inside a tensor: itself, or what its class or its quantization state wraps."""
     if hasattr(tensor, "__tensor_flatten__"):  # a subclass that wraps plain tensors, as torchao's are
         names, _ = tensor.__tensor_flatten__()
-        return [plain for name in names for plain in _plain(getattr(tensor, name))]
+        return [inner for name in names for inner in plain(getattr(tensor, name))]
     state = getattr(tensor, "quant_state", None)
     inside = vars(state).values() if hasattr(state, "__dict__") else ()
     return [tensor, *(value for value in inside if isinstance(value, Tensor))]
