@@ -10,10 +10,12 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       law_cards, pareto, records, machine                     none needs torch
     formats, gemv_plans, cuda, ladder, cpu, cpu_layout,       codebook weights, kernels, the torch operator
       cpu_threads, cpu_dense, ops, additive, cuda_additive    over them
+    cuda_token                                                the end of a decode step: token and next input
     kmeans, quantizers                                        how the values of a codebook are chosen
     linear, swap, checkpoint, architectures, shards,          models with codebook layers:
       streaming, models, hf, register                         make, save, load
-    projection, tinygemm, llama_step, decoders, decode        one token after another, stage by stage
+    projection, tinygemm, llama_step, decoders, decode,       one token after another, stage by stage,
+      export                                                  and as files for a program without Python
     perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
       trained, builtin                                        model trained on them
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
