@@ -216,6 +216,21 @@ def test_a_compiled_step_needs_a_gpu():
         TransformersDecoder(tiny(), 40, compiled=True)
 
 
+def test_the_step_compiles_whole_and_once():
+    """Without a GPU the graph is not replayed, but a break in it or a second compilation would show."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    decoder = TransformersDecoder(tiny(), 40, static=True)
+    decoder._step = torch.compile(decoder._one, backend=keep, fullgraph=True)
+    made = [decoder.generate(prompt, 12).tokens for prompt in (PROMPT, PROMPT[:2], PROMPT)]
+    torch._dynamo.reset()
+    assert len(graphs) == 1 and made[0] == made[2] == greedy(tiny(), PROMPT, 12)
+
+
 # Records
 
 
@@ -251,6 +266,7 @@ def test_each_peer_of_a_cpu_has_all_its_records():
         ratio = bandwidth.value / speed.value  # GB a token: all but the cache
         assert 0.5 < ratio * 1e9 / speed.config["bytes"] < 1
         assert {r.config["profile"] for r in records} == {"smoke"}
+        assert {r.config["stage"] for r in records} <= {"eager", "lean"}
 
 
 def test_sizes_count_what_a_token_reads():

@@ -85,8 +85,9 @@ def _config(name: str, dtype: str, **more) -> dict:
 
 
 def _by_transformers(name: str, dtype: str, compile: bool) -> dict:
-    cache, release = "static" if compile else "dynamic", metadata.version("transformers")
-    return _config(name, dtype, cache=cache, compile=compile, transformers=release)
+    cache, stage = ("static", "compiled") if compile else ("dynamic", "eager")
+    release = metadata.version("transformers")
+    return _config(name, dtype, stage=stage, cache=cache, compile=compile, transformers=release)
 
 
 def _eager(name: str, device: str, config: dict) -> Contender:
@@ -235,6 +236,7 @@ class PeerRun:
     Attributes:
         contender: what runs.
         prompt: token ids.
+        first_s: seconds of the first generation, compiling included, after `settle`.
         tokens: decode steps of a run, after `settle`; the token that the prefill makes comes before them.
         threads: of a CPU, after `settle`; None on a GPU.
     """
@@ -266,9 +268,8 @@ class PeerRun:
         self.threads = timing.pick_threads(token_s) if self.device == "cpu" else None
         affordable = int(self._sizes.token_budget_s / max(token_s[self.threads], 1e-9))
         self.tokens = max(min(self._wanted, affordable), min(self._wanted, FEWEST_TOKENS))
-        if (
-            self.device == "cuda"
-        ):  # a growing cache asks for new sizes at every length: once before the clock runs
+        if self.device == "cuda":
+            # a growing cache asks for new sizes at every length: once before the clock runs
             self._generate(self.prompt, self.tokens + 1)
 
     def once(self) -> Generation:
