@@ -364,6 +364,19 @@ def test_turns_give_every_contender_a_sample_a_round():
     assert speeds[0].kernel_sha256 and not speeds[1].kernel_sha256
 
 
+def test_turns_with_codes_in_the_head():
+    found = interleaved.decode_interleaved(
+        TINY, "smoke", new_tokens=4, rounds=1, dtypes=("fp32",), lm_head=True
+    )
+    dense_head = interleaved._codebook(TINY, 4)
+    assert found[0].config["lm_head"] == "codebook"
+    vocab, hidden = 256, 64
+    saved = vocab * (
+        2 * hidden - hidden // 2 - 2 * 16
+    )  # bf16 weights become codes and 16 entries of a codebook
+    assert dense_head.token_bytes(found[0].config["context"]) - found[0].config["bytes"] == saved
+
+
 def test_turns_alternate(monkeypatch):
     order = []
 

@@ -29,6 +29,7 @@ def decode_interleaved(
     rounds: int | None = None,
     dtypes: Sequence[str] = CPU_DTYPES,
     bits: int = 4,
+    lm_head: bool = False,
 ) -> list[Record]:
     """Decode at batch 1 on the CPU with the own engine's codebook model and with transformers, in turns.
 
@@ -39,6 +40,7 @@ def decode_interleaved(
         rounds: turns of each; None for the profile's.
         dtypes: of transformers' models: "fp32", "bf16", "fp16".
         bits: of the codebook weights.
+        lm_head: codes in the output head too.
 
     Returns:
         `decode_speed` of each with one sample a round and the same `config.run`, and `speedup` of the codebook model over each
@@ -54,7 +56,10 @@ def decode_interleaved(
     name = model_name or recorder.sizes.model
     recorder.cold_read_gbps = cold_read_gbps(recorder)
     _require_room(name, dtypes)
-    contenders = [_codebook(name, bits), *(transformers_eager(name, "cpu", dtype) for dtype in dtypes)]
+    contenders = [
+        _codebook(name, bits, lm_head),
+        *(transformers_eager(name, "cpu", dtype) for dtype in dtypes),
+    ]
     runs = [PeerRun(recorder, contender, new_tokens) for contender in contenders]
     _settle(runs)
     _add(recorder, runs, _take_turns(runs, rounds))
@@ -88,9 +93,9 @@ def _require_room(name: str, dtypes: Sequence[str]) -> None:
         )
 
 
-def _codebook(name: str, bits: int) -> Contender:
+def _codebook(name: str, bits: int, lm_head: bool = False) -> Contender:
     """The own engine at the CPU's last stage."""
-    variant = next(variants(name, "cpu", ["codebook"], [bits]))
+    variant = next(variants(name, "cpu", ["codebook"], [bits], lm_head))
     stage = stages_of("cpu")[-1]
     return Contender(
         "codebook",
