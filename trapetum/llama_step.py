@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trapetum.architectures import ARCHITECTURES, unknown_features
 from trapetum.projection import Nothing, project
 from trapetum.swap import is_quantized
 
@@ -77,6 +78,13 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _require_supported(config, max_context: int) -> None:
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"the own decode step does not know the architecture {config.model_type!r}; it knows {', '.join(ARCHITECTURES)}."
+        )
+    features = " and ".join(unknown_features(config))
+    if features:
+        raise UnsupportedModel(f"the own decode step does not compute {features}; use the stage naive.")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE_TYPES:
         raise UnsupportedModel(
