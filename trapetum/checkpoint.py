@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trapetum import formats
-from trapetum.swap import codebook_layers, linears
+from trapetum.swap import HEAD, codebook_layers, linears
 
 #: `quant_method` in config.json.
 OWNER = "trapetum"
@@ -58,6 +58,8 @@ def _write(model, tokenizer, folder: Path) -> None:
         "architectures": [type(model).__name__],
     }
     config.pop("quantization_config", None)
+    if HEAD in weights:  # a head of codes has no weight that could be the embedding's
+        config["tie_word_embeddings"] = False
     if weights:
         config["quantization_config"] = quantization_config(model)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

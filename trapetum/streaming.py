@@ -54,8 +54,8 @@ def require_streamable(spec: QuantizeSpec) -> None:
     if spec.method in METHODS and METHODS[spec.method].needs_calibration:
         free = [name for name, method in METHODS.items() if not method.needs_calibration]
         raise ValueError(
-            f"method {spec.method!r} needs calibration on the whole model and cannot quantize while loading; give tokens (--calibrate, "
-            f"or quantize_model on the dense model), or use one of {', '.join(free)}."
+            f"method {spec.method!r} needs calibration on the whole model and cannot quantize while loading; give "
+            f"tokens (--calibrate, or quantize_model on the dense model), or use one of {', '.join(free)}."
         )
     quantize(torch.zeros(1, 1), spec.bits, spec.method, spec.n_codes)  # knows every rule of a scheme
 
