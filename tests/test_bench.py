@@ -200,12 +200,12 @@ def test_decode_measures_every_method_and_stage(device):
     speeds = [r for r in rows if r.quantity == "decode_speed"]
     found = {(r.method, r.config["stage"]) for r in speeds}
     dense = {"fp16"} if device == "cuda" else {"fp32"}
-    for method in (*dense, "codebook", "no-linears"):
+    for method in (*dense, "codebook"):
         assert {(method, stage) for stage in stages(device)} <= found
     linears = {r.method: r.config["linears"] for r in speeds}
-    assert linears["codebook"] == "codebook" and linears["no-linears"] == "none"
-    assert {linears[m] for m in dense} == {"dense"}
+    assert linears["codebook"] == "codebook" and {linears[m] for m in dense} == {"dense"}
     assert {r.quantity for r in rows} == {"decode_speed", "decode_memory", "time_to_first_token"}
+    assert all(r.config["read_gbps"] > 0 and r.config["estimate_gb"] > 0 for r in speeds)
 
 
 def test_decode_bytes_are_weights_and_cache():
@@ -215,10 +215,22 @@ def test_decode_bytes_are_weights_and_cache():
     norms = (2 * shape.layers + 1) * shape.hidden
     assert variant.token_weight_bytes == 4 * (shape.linear_weights + shape.lm_head_weights + norms)
     assert variant.token_bytes(10) - variant.token_weight_bytes == shape.kv_bytes(10, 4)
+    assert variant.token_bytes(640, "int8") - variant.token_weight_bytes == shape.kv_bytes(640, kv="int8")
+    everything = 4 * shape.embedding_weights + variant.token_weight_bytes
+    assert variant.estimate_bytes(10) == everything + shape.kv_bytes(10, 4)
+    assert (variant.kv_name(), variant.kv_name("int4")) == ("fp32", "int4")
+
+
+def test_memory_estimate_of_16_bit_weights_is_from_the_shape_alone():
+    shape = MODELS["llama-tiny"]
+    loaded = Loaded(random_model(shape, "cpu", torch.float16), None, TINY, shape, "random")
+    dense = variants.Variant("fp16", loaded, {"bits": 16, "linears": "dense"})
+    weights = 2 * shape.parameters
+    assert weights < dense.estimate_bytes(64) < 1.2 * weights + shape.kv_bytes(64)
 
 
 def test_decode_config_names_context_and_tokens():
-    (row, *_) = bench.decode(TINY, "cpu", ["lean"], "smoke", 6, ["codebook"], floor=False)
+    (row, *_) = bench.decode(TINY, "cpu", ["lean"], "smoke", 6, ["codebook"])
     assert row.config["new_tokens"] == 6 and row.config["context"] == row.config["prompt_tokens"] + 3
     assert row.config["bits"] == 4 and row.config["n_codes"] == 16 and row.config["model"] == TINY
     assert implied_gbps(row) == pytest.approx(row.config["bytes"] * row.value / 1e9)
@@ -237,6 +249,74 @@ def test_speed_samples_are_runs_or_stretches():
     assert generating.speed_samples([even]) == [2.0] * 8
     uneven = Generation([1] * 3, 0.1, [0.25, 0.5])
     assert generating.speed_samples([uneven]) == [4.0, 2.0]
+
+
+def test_stretches_are_whole_windows_where_tokens_arrive_together():
+    # 32 tokens a launch: the first of each waits for all of them
+    launches = Generation([1] * 129, 0.1, [t for _ in range(4) for t in (3.2, *[0.0] * 31)])
+    assert generating.speed_samples([launches]) == [10.0] * 4
+    assert generating.window_samples([launches]) == {"first 32": [10.0], "last 32": [10.0]}
+
+
+def test_windows_are_the_first_and_the_last_tokens():
+    spans = [0.1] * 32 + [1.0] * 40 + [0.5] * 24 + [9.0] * 5  # 101 steps: the last whole window ends at 96
+    windows = generating.window_samples([Generation([1] * 102, 0.1, spans)] * 2)
+    assert windows["first 32"] == pytest.approx([10.0] * 2)
+    assert windows["last 32"] == pytest.approx([32 / (8 * 1.0 + 24 * 0.5)] * 2)
+    assert generating.window_samples([Generation([1] * 64, 0.1, [0.5] * 63)]) == {}
+
+
+def test_window_records_have_their_own_context_and_bytes():
+    rows = bench.decode(TINY, "cpu", ["lean"], "smoke", 64, ["codebook"])
+    whole = next(r for r in rows if r.quantity == "decode_speed")
+    first, last = (r for r in rows if r.quantity == "window_speed")
+    assert [r.config["window"] for r in (first, last)] == ["first 32", "last 32"]
+    prompt = whole.config["prompt_tokens"]
+    assert [r.config["context"] for r in (first, whole, last)] == [prompt + 16, prompt + 32, prompt + 48]
+    assert first.config["bytes"] < whole.config["bytes"] < last.config["bytes"]
+    assert implied_gbps(first) == pytest.approx(first.config["bytes"] * first.value / 1e9)
+
+
+def test_budgets_keep_whole_windows():
+    assert generating._affordable(512, 1000.0) == 512 and generating._affordable(512, 200.0) == 192
+    assert generating._affordable(512, 50.0) == 50 and generating._affordable(512, 0.1) == 4
+    assert generating._affordable(2, 0.0) == 2
+
+
+def test_accepted_tokens_a_step_need_counted_steps():
+    class Counted(Generation):
+        steps = 4
+
+    assert generating.accepted_a_step([Generation([1] * 9, 0.1, [0.1] * 8)]) is None
+    assert generating.accepted_a_step([Counted([1] * 9, 0.1, [0.1] * 8)] * 2) == 2.0
+
+
+def test_what_does_not_fit_is_a_record_and_the_rest_is_measured(monkeypatch):
+    need = 4 * MODELS["llama-tiny"].parameters
+    monkeypatch.setattr(timing, "free_bytes", lambda device: need - 1)
+    rows = bench.decode(TINY, "cpu", ["lean"], "smoke", methods=["fp32", "fp16", "codebook"])
+    (refused,) = [r for r in rows if r.quantity == "call_accepted"]
+    assert (refused.method, refused.value, refused.config["bits"]) == ("fp32", 0.0, 32)
+    assert "llama-tiny in 32 bits takes 0.0 GB, and 0.0 GB are free on cpu" in refused.config["error"]
+    assert {r.method for r in rows if r.quantity == "decode_speed"} == {"fp16", "codebook"}
+    with pytest.raises(MemoryError, match="are free on cpu"):
+        next(variants.variants(TINY, "cpu", ["fp32"], ()))
+
+
+def test_a_stage_that_refuses_is_a_record(monkeypatch):
+    from trapetum.decode import DecodeError, Engine
+
+    class Picky(Engine):
+        def __init__(self, loaded, stage, *args, **more):
+            if stage == "naive":
+                raise DecodeError("not today.")
+            super().__init__(loaded, stage, *args, **more)
+
+    monkeypatch.setattr(generating, "Engine", Picky)
+    rows = bench.decode(TINY, "cpu", ["naive", "lean"], "smoke", methods=["codebook"])
+    (refused,) = [r for r in rows if r.quantity == "call_accepted"]
+    assert refused.config["stage"] == "naive" and refused.config["error"] == "not today."
+    assert {r.config["stage"] for r in rows if r.quantity == "decode_speed"} == {"lean"}
 
 
 def test_unknown_decode_method_is_refused():
@@ -269,6 +349,38 @@ def test_energy_is_gross_and_net(monkeypatch):
     assert gross.value > abs(net.value) and gross.config["idle_w"] == pytest.approx(100, rel=0.3)
     assert gross.config["window_s"] >= 0.3 and gross.config["counter"] == "test"
     assert gross.config["resolution_s"] > 0 and gross.config["trace_j"] > 0
+    assert len(gross.config["before"]) == len(gross.config["after"]) == gross.n
+
+
+def test_idle_is_measured_for_each_run_with_the_weights_resident(monkeypatch):
+    from test_energy import SteadyCounter
+
+    events = []
+
+    class Meter(energy.EnergyMeter):
+        def __init__(self, device):
+            super().__init__(device, SteadyCounter(100.0, 0.02))
+
+        def idle_power_w(self, seconds, quiet_s):
+            events.append(("idle", quiet_s))
+            return 10.0
+
+        def measure(self, fn, seconds, idle_w):
+            events.append(("window", idle_w))
+            return super().measure(fn, 0.05, idle_w)
+
+    class Watched(generating.Run):
+        def settle(self):
+            events.append((self.variant.method, self.stage))
+            super().settle()
+
+    monkeypatch.setattr(generating, "EnergyMeter", Meter)
+    monkeypatch.setattr(generating, "Run", Watched)
+    rows = bench.energy(TINY, "cpu", ["cast_free", "lean"], "smoke", ["fp32", "codebook"])
+    one = [("idle", 0.0), ("window", 10.0)]
+    expected = [[(m, s), *one] for m in ("fp32", "codebook") for s in ("cast_free", "lean")]
+    assert events == [event for run in expected for event in run]
+    assert {(r.method, r.config["stage"]) for r in rows} == {run[0] for run in expected}
 
 
 # Accuracy

@@ -72,6 +72,31 @@ def test_idle_power():
     assert EnergyMeter("cuda", SteadyCounter(30.0)).idle_power_w(0.3) == pytest.approx(30, rel=0.2)
 
 
+def test_idle_waits_until_the_device_is_quiet(monkeypatch):
+    slept = []
+    monkeypatch.setattr(energy.time, "sleep", slept.append)
+    EnergyMeter("cuda", SteadyCounter(30.0, 1e-6)).idle_power_w(0.3, 1.5)
+    assert slept == [1.5, 0.3]
+
+
+def test_a_window_has_the_state_before_and_after_it(monkeypatch):
+    described = [
+        {"temperature": 40.0, "clocks": {"sm_mhz": 345, "max_sm_mhz": 1980}},
+        {"temperature": None, "clocks": {"sm_mhz": 1900}},
+    ]
+    monkeypatch.setattr(energy.machine, "describe", lambda device: described.pop(0))
+    reading = EnergyMeter("cpu", SteadyCounter()).measure(lambda: 1, seconds=0.05)
+    assert reading.before == {"temperature": 40.0, "sm_mhz": 345} and reading.after == {"sm_mhz": 1900}
+
+
+def test_a_device_that_cannot_be_asked_has_no_state(monkeypatch):
+    def absent(device):
+        raise energy.machine.DeviceError("no such device.")
+
+    monkeypatch.setattr(energy.machine, "describe", absent)
+    assert energy.state("cuda") == {}
+
+
 def rapl_package(root, number, energy_uj, limit_uj=1_000_000):
     folder = root / f"intel-rapl:{number}"
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from trapetum import figures, hardware, law, law_cards, records
+from trapetum import figures, hardware, law, law_cards, records, waterfall
 from trapetum.figures import pareto_state, style
 from trapetum.paths import PUBLISHED
 from trapetum.shapes import MODELS
@@ -243,18 +243,54 @@ def test_decode_stages_say_bandwidth_and_share_of_the_bound():
     assert "36% of bound" in text and "byte bound at 3,190 GB/s" in text and "mean context 288" in text
 
 
+def token_run(parts, method, stage, total=None):
+    """A token taken apart, as `trapetum.waterfall` finds it; ideal bytes are derived, the rest measured."""
+    config = {"bits": 4 if method == "codebook" else 16, "stage": stage, "context": 262.0, "run": "now"}
+    rows = []
+    for label, us in {**parts, "token": total or sum(parts.values())}.items():
+        labelled = {**config, "part": label}
+        if label == "ideal bytes":
+            rows.append(records.derived("token_part", us, method, labelled, H100, "bytes", "over bandwidth"))
+        else:
+            rows.append(make("token_part", us, method, labelled))
+    return waterfall.find(rows)
+
+
+LEFT = {"ideal bytes": 4000.0, "norms": 500.0}
+RIGHT = {"ideal bytes": 1000.0, "norms": 300.0, "sampling": -20.0}
+
+
 def test_waterfall_bars_add_up_to_the_measured_time():
-    left, right = [("weights", 4000.0), ("launches", 500.0)], [("weights", 1100.0), ("launches", 500.0)]
-    figure = figures.waterfall(left, right, ("fp16", "4-bit"), measured=(4600.0, 1600.0), ideal=1150.0)
+    figure = figures.waterfall(
+        token_run(LEFT, "fp16", "graph", 4600.0), token_run(RIGHT, "codebook", "graph")
+    )
     first, second = figure.data
-    assert list(first.x) == ["weights", "launches", "not explained", "<b>total</b>"]
+    assert list(first.x) == ["ideal bytes", "norms", "not explained", "<b>token</b>"]
     assert sum(first.y[:-1]) == pytest.approx(4600) == first.y[-1]
-    assert list(second.x) == ["weights", "launches", "<b>total</b>"] and second.y[-1] == 1600
-    assert list(second.base) == [0, 1100, 0]
+    assert list(second.x) == ["ideal bytes", "norms", "sampling", "<b>token</b>"] and second.y[-1] == 1280
+    assert list(second.base) == [0, 1000, 1300, 0]
     assert first.marker.color[0] == second.marker.color[0]
-    assert "2.88 times faster" in words(figure)
-    with pytest.raises(ValueError, match="at least one part"):
-        figures.waterfall([], right)
+    assert list(second.marker.pattern.shape) == ["/", "", "", ""] and list(second.customdata)[0] == "derived"
+    said = words(figure)
+    assert (
+        "3.59 times faster" in said and "ideal 1,000 us" in said and "us a token at a context of 262" in said
+    )
+    assert {s.y0 for s in figure.layout.shapes} == {4000, 1000}
+
+
+def test_bridge_leads_from_one_token_to_the_other():
+    figure = figures.bridge(token_run(LEFT, "fp16", "graph"), token_run(RIGHT, "codebook", "pdl"))
+    (bars,) = figure.data
+    assert list(bars.x) == ["fp16, graph", "ideal bytes", "norms", "sampling", "4-bit codebook, pdl"]
+    assert list(bars.y) == [4500, -3000, -200, -20, 1280]
+    assert list(bars.base) == [0, 4500, 1500, 1300, 0]
+    assert figure.layout.shapes[0].y0 == 1000 and "3.52 times faster" in words(figure)
+    assert "hatched: derived" in words(figure) and "ideal 1,000 us" in words(figure)
+
+
+def test_waterfall_and_bridge_without_a_measurement_say_so():
+    assert "taken apart" in words(figures.waterfall(None))
+    assert "taken apart" in words(figures.bridge(token_run(LEFT, "fp16", "graph"), None))
 
 
 def test_perplexity_never_mixes_protocols(published):

@@ -171,6 +171,12 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
             "path",
             "threads",
             "linears",
+            "part",
+            "window",
+            "context",
+            "kv",
+            "accounting",
+            "error",
         )
         if any(key in r.config for r in found)
     ]
@@ -391,13 +397,22 @@ def bandwidth(
     _print_records(bench.bandwidth(device, profile), json_output, save)
 
 
+Stages = Annotated[list[str] | None, typer.Option("--stage", help="Only these stages; may be repeated.")]
+DecodeModel = Annotated[str | None, typer.Option("--model", help="As for generate; default by device.")]
+LmHead = Annotated[bool, typer.Option("--lm-head", help="Codes in the output head too.")]
+Kv = Annotated[str, typer.Option(help="The cache: fp16 (as the activations), int8 or int4.")]
+
+
 @_command(bench_app, "trapetum bench decode --model random:llama-2-7b --stage graph")
 def decode(
-    model: Annotated[str | None, typer.Option(help="As for generate; default by device.")] = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Only these stages; may be repeated.")] = None,
+    model: DecodeModel = None,
+    stage: Stages = None,
     method: Methods = None,
     bits: Bits = None,
     new_tokens: Annotated[int | None, typer.Option("-n", min=2, help="Tokens a run.")] = None,
+    lm_head: LmHead = False,
+    kv: Kv = "fp16",
+    rows: Annotated[int, typer.Option(min=1, help="Tokens verified at once; above 1 with drafts.")] = 1,
     profile: Profile = "quick",
     device: Device = "auto",
     json_output: Json = False,
@@ -406,7 +421,107 @@ def decode(
     """Measure decode speed and memory, each method at each stage."""
     from trapetum import bench
 
-    found = bench.decode(model, device, stage, profile, new_tokens, method, bits or (4,))
+    found = bench.decode(model, device, stage, profile, new_tokens, method, bits or (4,), lm_head, kv, rows)
+    _print_records(found, json_output, save)
+
+
+@_command(bench_app, "trapetum bench context --model random:llama-2-7b --context 4096 --kv int8")
+def context(
+    model: DecodeModel = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Cached tokens; may be repeated. Default by profile.")
+    ] = None,
+    kv: Annotated[
+        list[str] | None, typer.Option(help="The cache: fp16, int8, int4; may be repeated.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="The stage; default the device's last.")] = None,
+    method: Methods = None,
+    bits: Bits = None,
+    lm_head: LmHead = False,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Measure decode speed and memory against the length of the context, with the cache in 16, 8 or 4 bits."""
+    from trapetum import bench
+
+    found = bench.context(model, device, stage, profile, context, kv, method, bits or (4,), lm_head)
+    _print_records(found, json_output, save)
+
+
+@_command(bench_app, "trapetum bench agreement --model builtin --stage lean")
+def agreement(
+    model: Annotated[str, typer.Option(help="As for generate.")] = "builtin",
+    stage: Stages = None,
+    method: Methods = None,
+    bits: Bits = None,
+    lm_head: LmHead = False,
+    kv: Kv = "fp16",
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts; default by profile.")] = None,
+    new_tokens: Annotated[int, typer.Option("-n", min=2, help="Tokens a prompt.")] = 16,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Compare each stage's greedy tokens and logits with transformers' on the same weights."""
+    from trapetum import bench
+
+    found = bench.agreement(
+        model, device, stage, profile, method, bits or (4,), lm_head, kv, prompts, new_tokens
+    )
+    _print_records(found, json_output, save)
+
+
+@_command(bench_app, "trapetum bench breakdown --model random:llama-2-7b --stage graph")
+def breakdown(
+    model: DecodeModel = None,
+    stage: Stages = None,
+    method: Methods = None,
+    bits: Bits = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("-n", min=2, help="Tokens of the decode to take apart.")
+    ] = None,
+    lm_head: LmHead = False,
+    kv: Kv = "fp16",
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Take a token's time apart by leaving out its parts, and build the bridge from the first run to the last."""
+    from trapetum import bench, waterfall
+
+    found = bench.breakdown(model, device, stage, profile, method, bits or (4,), lm_head, kv, new_tokens)
+    _print_records(found, json_output, save)
+    taken_apart = waterfall.runs(found)
+    if not json_output and len(taken_apart) > 1:
+        for step in waterfall.compare(taken_apart[0], taken_apart[-1]):
+            typer.echo(f"{step.us:>+12.1f} us  {step.label} ({step.kind})")
+
+
+@_command(bench_app, "trapetum bench energy --model random:llama-2-7b --stage graph --profile full")
+def energy(
+    model: DecodeModel = None,
+    stage: Stages = None,
+    method: Methods = None,
+    bits: Bits = None,
+    lm_head: LmHead = False,
+    kv: Kv = "fp16",
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Measure the energy of a token, gross and net of idle with the weights resident."""
+    from trapetum import bench, machine
+    from trapetum.energy import EnergyMeter
+
+    meter = EnergyMeter(machine.choose_device(device))
+    if not meter.available:
+        raise RuntimeError(f"energy cannot be measured here: {meter.why_not}")
+    found = bench.energy(model, device, stage, profile, method, bits or (4,), lm_head, kv)
     _print_records(found, json_output, save)
 
 
@@ -514,6 +629,30 @@ def generate(
         return
     typer.echo("\n")
     typer.echo(generation.describe(result))
+
+
+@_command(app, "trapetum export random:llama-2-7b out/7b --bits 4")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    bits: Annotated[int | None, typer.Option(help="Quantize to so many bits first.")] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")] = 1024,
+    kv: Kv = "fp16",
+    tokens_a_graph: Annotated[
+        int, typer.Option(min=1, max=64, help="Tokens that the program captures into one CUDA graph.")
+    ] = 8,
+) -> None:
+    """Write a model's decode step as cubins, launches and weights, and a C++ program that decodes from them."""
+    from trapetum import export as exporting
+
+    folder = exporting.export_model(model, out, bits, context, kv, tokens_a_graph)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    typer.echo(f"{folder}: {size / 1e6:.1f} MB")
+    if exporting.cxx_compiler() is None:
+        typer.echo("no C++ compiler was found; kernels/standalone/README.md says how to build the program.")
+        return
+    program = exporting.build_standalone(folder)
+    typer.echo(f"decode with: {program} {folder} -n 64 1 2 3   (the prompt as token ids)")
 
 
 def _write_piece(piece: str) -> None:

@@ -8,9 +8,11 @@ beside it, is the cross-check. Gross is all that the device drew; net leaves out
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
+
+from trapetum import machine
 
 RAPL_ROOT = Path("/sys/class/powercap")
 SAMPLE_S = 0.01
@@ -33,6 +35,8 @@ class EnergyReading:
         idle_w: idle power, if it was measured.
         trace_joules: the same energy from the integrated power trace, None where there is none.
         resolution_s: the longest step seen between two ticks of the counter.
+        before, after: temperature (degrees Celsius) and clocks (MHz) just before and just after the window, as far as
+            the device tells them.
     """
 
     joules: float
@@ -43,6 +47,8 @@ class EnergyReading:
     idle_w: float | None = None
     trace_joules: float | None = None
     resolution_s: float = 0.0
+    before: dict = field(default_factory=dict)
+    after: dict = field(default_factory=dict)
 
     @property
     def net_joules(self) -> float | None:
@@ -259,20 +265,37 @@ class EnergyMeter:
         Raises:
             NoEnergyCounter: energy cannot be measured here.
         """
-        units, end = 0.0, None
+        units, end, before = 0.0, None, state(self.device)
         with self:
             while end is None or time.perf_counter() < end:
                 end = end or time.perf_counter() + seconds
                 done = fn()
                 units += 1.0 if done is None else float(done)
-        self.reading = replace(self.reading, units=units, idle_w=idle_w)
+        states = {"before": before, "after": state(self.device)}
+        self.reading = replace(self.reading, units=units, idle_w=idle_w, **states)
         return self.reading
 
-    def idle_power_w(self, seconds: float = 2.0) -> float:
-        """Mean power in W while nothing is asked of the device (an open CUDA context counts as idle)."""
+    def idle_power_w(self, seconds: float = 2.0, quiet_s: float = 0.0) -> float:
+        """Mean power in W while nothing is asked of the device; an open CUDA context and resident weights count as idle.
+
+        Args:
+            seconds: length of the window.
+            quiet_s: how long to leave the device alone before it, so that clocks and power have come down.
+        """
+        time.sleep(quiet_s)
         with self:
             time.sleep(seconds)
         return self.reading.mean_w
+
+
+def state(device: str) -> dict:
+    """Temperature in degrees Celsius and clocks in MHz of "cpu" or "cuda" now; empty where the device cannot be asked."""
+    try:
+        described = machine.describe(device)
+    except machine.DeviceError:
+        return {}
+    now = {"temperature": described["temperature"], **described["clocks"]}
+    return {name: value for name, value in now.items() if value is not None and not name.startswith("max_")}
 
 
 def _ticks(samples: list[_Sample]) -> list[_Sample]:

@@ -10,11 +10,16 @@ model_shapes the matrices that a model's config names
 ladder       the numbered GPU kernels, and their instructions per weight
 profiled     one kernel under Nsight Compute
 variants     one model in several weights              generating  decode speed, memory, energy
+contexts     speed and memory against the context      agreement   tokens and logits beside transformers'
+breakdown    a token's time, part by part              launches    what a launch costs, and how many there are
 accuracy     perplexity and weight error
 """
 
 from trapetum.bench.accuracy import perplexity, weight_error
+from trapetum.bench.agreement import agreement
 from trapetum.bench.batch import small_batches
+from trapetum.bench.breakdown import breakdown
+from trapetum.bench.contexts import context
 from trapetum.bench.crosscheck import compare_timers
 from trapetum.bench.generating import decode, energy
 from trapetum.bench.ladder import ladder, ladder_instructions
@@ -28,8 +33,11 @@ from trapetum.bench.unpacking import dequant, gemv_chain
 __all__ = [
     "PROFILES",
     "Sizes",
+    "agreement",
     "bandwidth",
+    "breakdown",
     "compare_timers",
+    "context",
     "decode",
     "dequant",
     "energy",

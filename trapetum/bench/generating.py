@@ -1,6 +1,7 @@
-"""Whole decodes: tokens a second, memory, time to the first token, the framework's own share, energy."""
+"""Whole decodes: tokens a second in all and in windows, memory, time to the first token, energy."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -8,7 +9,7 @@ from trapetum import ops, swap, timing
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
 from trapetum.bench.variants import Variant, default_methods, variants
-from trapetum.decode import Engine, Generation
+from trapetum.decode import DecodeError, Engine, Generation
 from trapetum.decode import stages as stages_of
 from trapetum.energy import EnergyMeter, EnergyReading
 from trapetum.records import Record
@@ -16,6 +17,8 @@ from trapetum.records import Record
 WARM_UP_TOKENS = 3
 FEWEST_TOKENS = 4
 CHUNKS = 8
+WINDOW = 32  # tokens; the later stages make several a launch, at most so many, so no sum ends inside a launch
+NOT_POSSIBLE = (DecodeError, torch.OutOfMemoryError, MemoryError)
 
 
 def decode(
@@ -27,7 +30,8 @@ def decode(
     methods: Sequence[str] | None = None,
     bits: Sequence[int] = (4,),
     lm_head: bool = False,
-    floor: bool = True,
+    kv: str = "fp16",
+    rows: int = 1,
 ) -> list[Record]:
     """Decode at batch 1, each method at each stage.
 
@@ -36,53 +40,86 @@ def decode(
         device: "auto", "cpu" or "cuda".
         stages: None for all of the device's.
         profile: "smoke", "quick" or "full".
-        new_tokens: tokens per run; None for the profile's. Cut on slow stages (`config.new_tokens` is what ran).
+        new_tokens: decode steps per run; None for the profile's. Cut on slow stages (`config.new_tokens` is what ran).
         methods: "fp32", "fp16", "bf16", "16-bit" (the faster one), "codebook"; None for the device's usual ones.
         bits: of the codebook weights.
         lm_head: codes in the output head too.
-        floor: also decode with linears that do nothing: the method is then `no-linears`, `config.linears` "none".
+        kv: how the cache is kept: "fp16" (as the activations), "int8" or "int4".
+        rows: tokens verified at once; above 1 the engine drafts by prompt lookup.
 
     Returns:
         `decode_speed` (tok/s; `config.context` is the mean number of cached tokens, `config.bytes` the bytes of one
-        token there), `time_to_first_token` (s) and `decode_memory` (GB) records.
+        token there, `config.read_gbps` the read bandwidth of this run), `window_speed` (tok/s, `config.window` "first 32"
+        or "last 32"), `time_to_first_token` (s) and `decode_memory` (GB, beside `config.estimate_gb`). What does not fit
+        or cannot run is a `call_accepted` of 0 with the reason in `config.error`.
     """
     recorder = Recorder(device, profile)
     recorder.cold_read_gbps = cold_read_gbps(recorder)
     name = model_name or recorder.sizes.model
     names = methods or default_methods(recorder.device, name, profile)
-    for variant in variants(name, recorder.device, names, bits, lm_head):
+    for variant in variants(name, recorder.device, names, bits, lm_head, refuser(recorder)):
         for stage in stages or stages_of(recorder.device):
-            _decode_one(recorder, variant, stage, new_tokens, floor)
+            _decode_one(recorder, variant, stage, new_tokens, engine_options(kv, rows))
         del variant  # before the next one is loaded
     return recorder.close()
 
 
+def engine_options(kv: str = "fp16", rows: int = 1) -> dict:
+    """What an `Engine` is told of cache and rows: only what is not its default."""
+    return ({"kv": kv} if kv != "fp16" else {}) | ({"rows": rows} if rows != 1 else {})
+
+
+def refuser(recorder: Recorder) -> Callable[[str, dict, str], None]:
+    """What to call with a method, its config and a sentence where something cannot be measured: it becomes a record."""
+
+    def refuse(method: str, config: dict, error: str) -> None:
+        first_line = (str(error).strip() or "out of memory").splitlines()[0]
+        recorder.add("call_accepted", [0.0], method, {**config, "error": first_line})
+
+    return refuse
+
+
 def _decode_one(
-    recorder: Recorder, variant: Variant, stage: str, new_tokens: int | None, floor: bool
+    recorder: Recorder, variant: Variant, stage: str, new_tokens: int | None, options: dict
 ) -> None:
     if recorder.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run = _Run(recorder, variant, stage, new_tokens)
-    generations = run.generate()
+    try:
+        run = Run(recorder, variant, stage, new_tokens, options)
+        generations = run.generate()
+    except NOT_POSSIBLE as error:
+        refuser(recorder)(variant.method, {**variant.config, "stage": stage, **options}, error)
+        return
     _add_speed(recorder, run, generations)
-    _add_memory(recorder, run)
-    if floor and variant.method == "codebook":
-        with run.engine.without_linears():
-            _add_floor(recorder, run, run.generate())
+    add_memory(recorder, variant, run.config())
 
 
-class _Run:
-    """One engine with a prompt and a number of tokens that fits the budget."""
+class Run:
+    """One engine with a prompt and a number of tokens that fits the budget.
 
-    def __init__(self, recorder: Recorder, variant: Variant, stage: str, new_tokens: int | None = None):
+    Attributes:
+        variant, stage, device: what runs and where.
+        engine: made for it.
+        prompt: token ids.
+        tokens: decode steps of a run, after `settle`; the token that the prefill makes comes before them.
+        threads: of a CPU, after `settle`; None on a GPU.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        variant: Variant,
+        stage: str,
+        new_tokens: int | None = None,
+        options: dict | None = None,
+    ):
         self.variant, self.stage, self._sizes = variant, stage, recorder.sizes
-        self.device = recorder.device
+        self.device, self._read_gbps = recorder.device, recorder.cold_read_gbps
         self._wanted = new_tokens or self._sizes.new_tokens
-        vocab = variant.loaded.model.get_input_embeddings().weight.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        self.prompt = torch.randint(0, vocab, (self._sizes.prompt_tokens,), generator=generator).tolist()
-        context = len(self.prompt) + max(self._wanted, WARM_UP_TOKENS)
-        self.engine = Engine(variant.loaded, stage, max_context=context)
+        self._options, self._accepted = options or {}, None
+        self.prompt = random_prompt(variant, self._sizes.prompt_tokens)
+        self.max_context = len(self.prompt) + max(self._wanted, WARM_UP_TOKENS) + 1
+        self.engine = Engine(variant.loaded, stage, max_context=self.max_context, **self._options)
 
     def _warm_up(self, threads: int | None) -> float:
         """Seconds a token, from a few."""
@@ -94,22 +131,23 @@ class _Run:
         counts = timing.thread_choices() if self.device == "cpu" else [None]
         token_s = {threads: self._warm_up(threads) for threads in counts}
         self.threads = timing.pick_threads(token_s) if self.device == "cpu" else None
-        affordable = int(self._sizes.token_budget_s / token_s[self.threads])
-        self.tokens = max(min(self._wanted, affordable), min(self._wanted, FEWEST_TOKENS))
+        self.tokens = _affordable(self._wanted, self._sizes.token_budget_s / max(token_s[self.threads], 1e-9))
         if (
             self.device == "cuda"
         ):  # a growing cache asks for new sizes at every length: once before the clock runs
-            self.engine.generate(self.prompt, self.tokens)
+            self.engine.generate(self.prompt, self.tokens + 1)
 
     def once(self) -> Generation:
         """One timed run."""
         with timing.using_threads(self.threads):
-            return self.engine.generate(self.prompt, self.tokens)
+            return self.engine.generate(self.prompt, self.tokens + 1)
 
     def generate(self) -> list[Generation]:
         """Settle, then make the runs."""
         self.settle()
-        return [self.once() for _ in range(self._sizes.runs)]
+        generations = [self.once() for _ in range(self._sizes.runs)]
+        self._accepted = accepted_a_step(generations)
+        return generations
 
     @property
     def context(self) -> float:
@@ -117,102 +155,161 @@ class _Run:
         return len(self.prompt) + self.tokens / 2
 
     def config(self, **more) -> dict:
-        """What a record's config says of this run."""
+        """What a record's config says of this run; `context=` in `more` also sets the bytes of a token."""
+        context = more.get("context", self.context)
+        nbytes = self.variant.token_bytes(context, self._options.get("kv", "fp16"))
         base = {
             **self.variant.config,
+            **self._options,
             "stage": self.stage,
-            "context": self.context,
+            "context": context,
             "new_tokens": self.tokens,
             "prompt_tokens": len(self.prompt),
-            "bytes": self.variant.token_bytes(self.context),
+            "bytes": int(nbytes / (self._accepted or 1)),
+            "read_gbps": self._read_gbps,
         }
+        if self._accepted:
+            base["accepted"] = self._accepted
         if self.device == "cpu":
             available = torch.get_num_threads()
             base |= {"threads": self.threads, "threads_available": available}
             base["fewer_threads_faster"] = self.threads < available
-        return {**base, **more}
+        estimate_gb = (
+            self.variant.estimate_bytes(self.max_context, prompt=len(self.prompt), **self._options) / 1e9
+        )
+        return {**base, "estimate_gb": estimate_gb, **more}
+
+
+def random_prompt(variant: Variant, length: int) -> list[int]:
+    """Token ids from a fixed seed."""
+    vocab = variant.loaded.model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _affordable(wanted: int, tokens: float) -> int:
+    """As many of the tokens wanted as the budget allows, whole windows if there are two; a few in any case."""
+    count = max(min(wanted, int(tokens)), min(wanted, FEWEST_TOKENS))
+    return count if count == wanted or count < 2 * WINDOW else count // WINDOW * WINDOW
+
+
+def accepted_a_step(generations: Sequence[Generation]) -> float | None:
+    """Mean tokens that a step of several rows made; None where the generations count no steps."""
+    steps = [getattr(g, "steps", None) for g in generations]
+    if not steps or not all(steps):
+        return None
+    return sum(len(g.token_s) for g in generations) / sum(steps)
 
 
 def speed_samples(generations: Sequence[Generation]) -> list[float]:
-    """Tokens per second: one sample a run, or of up to eight stretches of one run where there are fewer than 3."""
+    """Tokens per second: one sample a run, or of up to eight stretches of one run where there are fewer than 3.
+
+    From two windows on, a stretch is whole windows, since the tokens of one launch arrive together.
+    """
     if len(generations) >= 3:
         return [g.tokens_per_s for g in generations]
     spans = [t for g in generations for t in g.token_s]
     step = -(-len(spans) // CHUNKS)
+    if len(spans) >= 2 * WINDOW:
+        step = -(-step // WINDOW) * WINDOW
     chunks = [spans[i : i + step] for i in range(0, len(spans), step)]
     return [len(c) / sum(c) for c in chunks]
 
 
-def _sha(recorder: Recorder, variant: Variant) -> str | None:
+def window_samples(generations: Sequence[Generation]) -> dict[str, list[float]]:
+    """Tokens per second over the first and the last 32 tokens, one sample a run; empty for runs under 64 tokens.
+
+    The last window begins at a multiple of 32 tokens after the first, as a launch of several tokens does.
+    """
+    count = len(generations[0].token_s) // WINDOW * WINDOW
+    if count < 2 * WINDOW:
+        return {}
+    windows = {f"first {WINDOW}": slice(0, WINDOW), f"last {WINDOW}": slice(count - WINDOW, count)}
+    return {name: [WINDOW / sum(g.token_s[at]) for g in generations] for name, at in windows.items()}
+
+
+def kernel_sha(recorder: Recorder, variant: Variant) -> str | None:
+    """Hash of our product's source where the variant's linears run in it."""
     return ops.kernel_sha256(recorder.device) if variant.method == "codebook" else None
 
 
-def _add_speed(recorder: Recorder, run: _Run, generations: list[Generation]) -> None:
+def _add_speed(recorder: Recorder, run: Run, generations: list[Generation]) -> None:
     config, method = run.config(), run.variant.method
-    sha = _sha(recorder, run.variant)
+    sha = kernel_sha(recorder, run.variant)
     recorder.add("decode_speed", speed_samples(generations), method, config, kernel_sha256=sha)
+    for window, samples in window_samples(generations).items():
+        last = run.tokens // WINDOW * WINDOW - WINDOW // 2
+        context = len(run.prompt) + (WINDOW // 2 if window.startswith("first") else last)
+        within = run.config(context=float(context), window=window)
+        recorder.add("window_speed", samples, method, within, kernel_sha256=sha)
     first = [g.ttft_s for g in generations]
     recorder.add("time_to_first_token", first, method, config, kernel_sha256=sha)
 
 
-def _add_memory(recorder: Recorder, run: _Run) -> None:
-    """GPU: the allocator's peak since before the engine was made. CPU: the weights, which is what can be counted."""
+def add_memory(recorder: Recorder, variant: Variant, config: dict) -> Record:
+    """GPU: the allocator's peak since its statistics were reset. CPU: the weights, which is what can be counted."""
     if recorder.device == "cuda":
         nbytes, source = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
     else:
-        nbytes, source = swap.weight_bytes(run.variant.loaded.model), "bytes of all weights"
-    config, sha = run.config(), _sha(recorder, run.variant)
-    recorder.add(
-        "decode_memory", [nbytes / 1e9], run.variant.method, config, source=source, kernel_sha256=sha
+        nbytes, source = swap.weight_bytes(variant.loaded.model), "bytes of all weights"
+    sha = kernel_sha(recorder, variant)
+    return recorder.add(
+        "decode_memory", [nbytes / 1e9], variant.method, config, source=source, kernel_sha256=sha
     )
-
-
-def _add_floor(recorder: Recorder, run: _Run, generations: list[Generation]) -> None:
-    kv_bytes = run.variant.token_bytes(run.context) - run.variant.token_weight_bytes
-    config = run.config(linears="none", bytes=kv_bytes)
-    recorder.add("decode_speed", speed_samples(generations), "no-linears", config)
 
 
 def energy(
     model_name: str | None = None,
     device: str = "auto",
-    stage: str | None = None,
+    stages: Sequence[str] | None = None,
     profile: str = "quick",
     methods: Sequence[str] | None = None,
     bits: Sequence[int] = (4,),
+    lm_head: bool = False,
+    kv: str = "fp16",
 ) -> list[Record]:
     """Measure the energy of a generated token.
+
+    Idle power is measured for each run by itself: the weights are resident, the engine has been warmed up, and the device
+    has been quiet for a second.
 
     Args:
         model_name: as for `models.load`; None for the profile's random shape.
         device: "auto", "cpu" or "cuda".
-        stage: None for the device's last.
+        stages: None for the device's last.
         profile: "smoke", "quick" or "full"; only full has windows of 5 s and five of them.
-        methods, bits: as for `decode`.
+        methods, bits, lm_head, kv: as for `decode`.
 
     Returns:
         `energy_per_token` records in J, gross and net of idle (`config.accounting`), with the counter, the window, its
-        resolution and the integrated power trace in config. Empty where energy cannot be measured:
+        resolution, the integrated power trace, and clocks and temperature before and after each window in config.
+        What does not fit or cannot run is a `call_accepted` of 0. Empty where energy cannot be measured:
         `EnergyMeter(device).why_not` says why.
     """
     recorder = Recorder(device, profile)
     meter = EnergyMeter(recorder.device)
     if not meter.available:
         return []
-    if recorder.device == "cuda":
-        torch.zeros(1, device="cuda")  # the open context is part of idle
-    idle_w = meter.idle_power_w(recorder.sizes.idle_s)
     name = model_name or recorder.sizes.model
     names = methods or default_methods(recorder.device, name, profile)
-    for variant in variants(name, recorder.device, names, bits):
-        run = _Run(recorder, variant, stage or stages_of(recorder.device)[-1])
-        _add_energy(recorder, run, _windows(recorder, run, meter, idle_w))
-        del variant, run  # before the next one is loaded
+    for variant in variants(name, recorder.device, names, bits, lm_head, refuser(recorder)):
+        for stage in stages or stages_of(recorder.device)[-1:]:
+            _energy_one(recorder, variant, stage, meter, engine_options(kv))
+        del variant  # before the next one is loaded
     return recorder.close()
 
 
-def _windows(recorder: Recorder, run: _Run, meter: EnergyMeter, idle_w: float) -> list[EnergyReading]:
-    run.settle()
+def _energy_one(recorder: Recorder, variant: Variant, stage: str, meter: EnergyMeter, options: dict) -> None:
+    try:
+        run = Run(recorder, variant, stage, options=options)
+        run.settle()
+    except NOT_POSSIBLE as error:
+        refuser(recorder)(variant.method, {**variant.config, "stage": stage, **options}, error)
+        return
+    _add_energy(recorder, run, _windows(recorder, run, meter))
+
+
+def _windows(recorder: Recorder, run: Run, meter: EnergyMeter) -> list[EnergyReading]:
+    idle_w = meter.idle_power_w(recorder.sizes.idle_s, recorder.sizes.quiet_s)
 
     def work() -> int:
         return len(run.once().tokens)
@@ -220,7 +317,7 @@ def _windows(recorder: Recorder, run: _Run, meter: EnergyMeter, idle_w: float) -
     return [meter.measure(work, recorder.sizes.energy_s, idle_w) for _ in range(recorder.sizes.runs)]
 
 
-def _add_energy(recorder: Recorder, run: _Run, readings: list[EnergyReading]) -> None:
+def _add_energy(recorder: Recorder, run: Run, readings: list[EnergyReading]) -> None:
     first = readings[0]
     trace_j = [r.trace_joules / r.units for r in readings if r.trace_joules is not None]
     config = run.config(
@@ -228,10 +325,13 @@ def _add_energy(recorder: Recorder, run: _Run, readings: list[EnergyReading]) ->
         window_s=round(min(r.seconds for r in readings), 3),
         resolution_s=round(max(r.resolution_s for r in readings), 4),
         idle_w=round(first.idle_w, 2),
-        mean_w=round(timing.Spread.of([r.mean_w for r in readings]).median, 2),
-        trace_j=timing.Spread.of(trace_j).median if trace_j else None,
+        idle_state="weights resident, warmed up, quiet",
+        mean_w=round(statistics.median(r.mean_w for r in readings), 2),
+        trace_j=statistics.median(trace_j) if trace_j else None,
+        before=[r.before for r in readings],
+        after=[r.after for r in readings],
     )
-    sha = _sha(recorder, run.variant)
+    sha = kernel_sha(recorder, run.variant)
     for accounting, net in (("gross", False), ("net", True)):
         samples = [r.per_unit_j(net) for r in readings]
         labelled = {**config, "accounting": accounting}

@@ -19,7 +19,8 @@ class Sizes:
         new_tokens, prompt_tokens, runs: decode: tokens per run, length of the prompt, timed runs.
         token_budget_s: a decode on a slow stage is cut to the tokens that fit this many seconds.
         energy_s: length of one energy window; below 5 s the counter's step is no longer small beside it.
-        idle_s: length of the idle window.
+        idle_s, quiet_s: length of the idle window, and how long the device is left alone before it.
+        contexts: cached tokens at which speed and memory are measured.
         text_tokens, window, stride: perplexity.
         rotation: share of the usual rotation over distinct weights; half is still more than a CPU's cache, since the
             methods take turns.
@@ -45,6 +46,9 @@ class Sizes:
     window: int = 512
     stride: int = 256
     rotation: float = 1.0
+    quiet_s: float = 1.0
+    contexts: tuple[int, ...] = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    rounds: int = 3  # of an ablation
     law_shapes: tuple[tuple[int, int], ...] = ()
     rows: tuple[int, ...] = (1, 2, 4, 8, 16)
     batch_shapes: tuple[tuple[int, int], ...] = ((4096, 4096),)
@@ -62,6 +66,7 @@ _LAW_GPU = (
     (28672, 8192),
 )
 _BATCH_GPU = ((4096, 4096), (11008, 4096), (4096, 22016), (8192, 28672))
+_CONTEXTS_CPU = (512, 2048, 4096, 8192)
 _LAW_SMOKE = ((512, 1024), (1024, 2048), (2048, 2048), (2048, 4096))
 _SMOKE = dict(
     law_shapes=_LAW_SMOKE,
@@ -74,10 +79,15 @@ _SMOKE = dict(
     energy_s=0.3,
     idle_s=0.2,
     rotation=0.5,
+    quiet_s=0.0,
+    contexts=(64, 128),
+    rounds=2,
 )
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 _QUICK = dict(prompt_tokens=4, runs=1, energy_s=1.5, idle_s=1.0, text_tokens=8192)
-_FULL = dict(rows=_ROWS, new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, text_tokens=65536)
+_FULL = dict(
+    rows=_ROWS, new_tokens=512, prompt_tokens=6, runs=5, energy_s=5.0, idle_s=5.0, rounds=5, text_tokens=65536
+)
 
 
 def _sizes() -> dict[tuple[str, str], Sizes]:
@@ -100,6 +110,7 @@ def _sizes() -> dict[tuple[str, str], Sizes]:
             token_budget_s=2.0,
             law_shapes=_LAW_CPU,
             batch_shapes=((2048, 2048),),
+            contexts=_CONTEXTS_CPU,
             **_QUICK,
         ),
         ("quick", "cuda"): Sizes(
@@ -115,7 +126,16 @@ def _sizes() -> dict[tuple[str, str], Sizes]:
             **_QUICK,
         ),
         ("full", "cpu"): Sizes(
-            every, (8, 4, 3, 2), GIB, 15, 20.0, cpu, token_budget_s=30.0, law_shapes=_LAW_CPU, **_FULL
+            every,
+            (8, 4, 3, 2),
+            GIB,
+            15,
+            20.0,
+            cpu,
+            token_budget_s=30.0,
+            law_shapes=_LAW_CPU,
+            contexts=_CONTEXTS_CPU,
+            **_FULL,
         ),
         ("full", "cuda"): Sizes(
             every,

@@ -6,7 +6,7 @@ from trapetum.figures.by_bytes import speed_by_bytes
 from trapetum.figures.by_shape import FASTEST, best_dense, losers_map, pairs, speedups
 from trapetum.figures.ceilings import ceilings, roofline, your_machine
 from trapetum.figures.claims import claims
-from trapetum.figures.decode import decode_stages, waterfall
+from trapetum.figures.decode import decode_stages
 from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energy_bars
 from trapetum.figures.ladder import rungs, rungs_in_words
 from trapetum.figures.law import (
@@ -23,6 +23,7 @@ from trapetum.figures.speed import dequantize_or_fuse, ladder, shape_of
 from trapetum.figures.style import label_of
 from trapetum.figures.tokens import cards, speed_bound, token_bytes
 from trapetum.figures.tradeoffs import Point, fastest, groups, pick, tradeoffs
+from trapetum.figures.waterfall import bridge, waterfall
 
 __all__ = [
     "FASTEST",
@@ -34,6 +35,7 @@ __all__ = [
     "batch_map",
     "batch_times",
     "best_dense",
+    "bridge",
     "carbon",
     "carbon_g",
     "cards",

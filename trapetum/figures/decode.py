@@ -1,13 +1,10 @@
-"""Whole decode steps: speed by stage against the byte bound, and the waterfall of a token's time."""
+"""Whole decode steps: speed by stage against the byte bound."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from trapetum.figures.style import (
-    FAINT,
-    INK,
     ROOF_COLOUR,
     add_key,
     colour,
@@ -23,8 +20,6 @@ from trapetum.figures.style import (
 )
 from trapetum.record_gate import implied_gbps
 from trapetum.records import Record
-
-PARTS = ("#1f6fb2", "#e08e0b", "#6a51a3", "#2a9d5c", "#d4508b", "#8f9aa3", "#8a5a2b", "#17a2a2")
 
 
 def decode_stages(
@@ -104,84 +99,4 @@ def _bounds(group, x, width, roof_gbps, showlegend) -> go.Scatter:
         x=xs, y=ys, mode="lines", name=f"byte bound at {digits(roof_gbps)} GB/s", showlegend=showlegend,
         legendgroup="bound", line={"color": ROOF_COLOUR, "dash": "dash", "width": 2},
         hovertemplate="byte bound %{y:.4g} tok/s<extra></extra>",
-    )  # fmt: skip
-
-
-Parts = Sequence[tuple[str, float]]
-
-
-def waterfall(
-    left: Parts,
-    right: Parts | None = None,
-    names: tuple[str, str] = ("before", "after"),
-    measured: tuple[float | None, float | None] = (None, None),
-    ideal: float | None = None,
-    unit: str = "us",
-    title: str = "Where the time goes",
-    subtitle: str = "",
-) -> go.Figure:
-    """Two times taken apart side by side, part on part, so that the bars of each add up to its measured time.
-
-    Args:
-        left, right: parts as (label, time); the same label has the same colour on both sides. `right` may be None.
-        names: what the two sides are, e.g. `("fp16", "4-bit codebook")`.
-        measured: the measured times; where the parts do not add up to one, a part `not explained` fills the gap.
-        ideal: the time on the right if only bytes counted, drawn as the ideal line (default: none).
-        unit: of all times.
-        title, subtitle: above the figure; say device and kind in the subtitle.
-
-    Raises:
-        ValueError: a side has no parts.
-    """
-    sides = [_closed(left, measured[0])] + ([_closed(right, measured[1])] if right is not None else [])
-    if not all(sides):
-        raise ValueError("a waterfall needs at least one part on each side.")
-    figure = make_subplots(
-        1, len(sides), shared_yaxes=True, horizontal_spacing=0.05,
-        subplot_titles=[_heading(n, s, sides[0], unit) for n, s in zip(names, sides, strict=False)],
-    )  # fmt: skip
-    figure = new_figure(title, subtitle or unit, height=500, figure=figure)
-    labels = list(dict.fromkeys(label for side in sides for label, _ in side))
-    for column, side in enumerate(sides, start=1):
-        figure.add_trace(_rising(side, labels, unit), 1, column)
-    if ideal is not None:
-        line = {"color": ROOF_COLOUR, "dash": "dash", "width": 2}
-        figure.add_hline(y=ideal, line=line, row=1, col=len(sides))
-        heading = figure.layout.annotations[len(sides) - 1]
-        heading.text += (
-            f"<br><span style='color:{ROOF_COLOUR}'>ideal {digits(ideal)} {unit}: bytes alone</span>"
-        )
-    figure.update_yaxes(title=f"time, {unit}", rangemode="tozero", col=1)
-    figure.update_xaxes(tickangle=-35)
-    figure.update_annotations(font_size=14)
-    figure.update_layout(margin_t=120, showlegend=False)
-    return figure
-
-
-def _closed(parts: Parts, measured: float | None) -> list[tuple[str, float]]:
-    """The parts, and what is missing to (or too much of) the measured time if that is above half a per cent."""
-    gap = 0.0 if measured is None else measured - sum(time for _, time in parts)
-    closes = measured is None or abs(gap) <= 0.005 * measured
-    return list(parts) if closes else [*parts, ("not explained", gap)]
-
-
-def _heading(name: str, side: Parts, first: Parts, unit: str) -> str:
-    total, base = sum(t for _, t in side), sum(t for _, t in first)
-    ratio = "" if side is first else f", {base / total:.2f} times faster"
-    return f"<b>{name}</b>: {digits(total)} {unit}{ratio}"
-
-
-def _rising(side: Parts, labels: Sequence[str], unit: str) -> go.Bar:
-    bases, height = [], 0.0
-    for _, time in side:
-        bases.append(height)
-        height += time
-    tints = [
-        FAINT if label == "not explained" else PARTS[labels.index(label) % len(PARTS)] for label, _ in side
-    ]
-    return go.Bar(
-        x=[*(label for label, _ in side), "<b>total</b>"], y=[*(time for _, time in side), height],
-        base=[*bases, 0.0], marker={"color": [*tints, rgba(INK, 0.75)]},
-        text=[*(digits(time) for _, time in side), f"<b>{digits(height)}</b>"], textposition="outside",
-        cliponaxis=False, hovertemplate=f"%{{x}}: %{{y:.4g}} {unit}<extra></extra>",
     )  # fmt: skip

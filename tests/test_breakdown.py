@@ -1,0 +1,124 @@
+"""The ablation: parts recovered from known times, and a real step on the CPU taken apart."""
+
+from contextlib import contextmanager
+from importlib import import_module
+
+import pytest
+
+from trapetum import bench, records, waterfall
+from trapetum.decode import stages
+from trapetum.shapes import MODELS
+
+breaking = import_module("trapetum.bench.breakdown")  # `bench.breakdown` is its function
+TINY = "random:llama-tiny"
+KNOWN = {"sampling": 30.0, "norms": 200.0, "attention and cache": 500.0, "products": 5000.0}
+LEFT = 340.0
+
+
+class Machine:
+    """Takes a known time for each part that is not left out, and more in every round."""
+
+    def __init__(self, drift=0.0):
+        self.out, self.rounds, self.drift, self.order = 0, 0, drift, []
+
+    @contextmanager
+    def without(self, count):
+        self.out = count
+        yield
+        self.out = 0
+
+    def seconds(self):
+        self.order.append(self.out)
+        self.rounds += self.out == 0
+        return (sum(list(KNOWN.values())[self.out :]) + LEFT) * (1 + self.drift * self.rounds) / 1e6
+
+    def cases(self):
+        names = ["token", *KNOWN]
+        return {name: lambda count=count: self.without(count) for count, name in enumerate(names)}
+
+
+def test_known_parts_are_recovered():
+    machine = Machine()
+    times = breaking.step_times(machine.cases(), machine.seconds, rounds=3, budget_s=60)
+    assert machine.order == [0, 1, 2, 3, 4] * 4  # the cases take turns; the first round is dropped
+    parts = breaking.parts_of(times)
+    assert {name: value for name, (value, _, _) in parts.items() if name in KNOWN} == pytest.approx(KNOWN)
+    assert parts["what is left"][0] == pytest.approx(LEFT)
+    assert all(len(samples) == 3 for _, samples, _ in parts.values())
+
+
+def test_parts_add_up_even_where_the_machine_drifts():
+    machine = Machine(drift=0.05)
+    times = breaking.step_times(machine.cases(), machine.seconds, rounds=5, budget_s=60)
+    parts = {name: value for name, (value, _, _) in breaking.parts_of(times).items()}
+    assert sum(parts.values()) - parts["token"] == pytest.approx(parts["token"], rel=1e-12)
+
+
+def test_rounds_end_with_the_budget_but_two_are_made():
+    machine = Machine()
+    times = breaking.step_times(machine.cases(), machine.seconds, rounds=50, budget_s=0.0)
+    assert {len(row) for row in times.values()} == {2}
+
+
+def test_a_tree_has_only_products_and_the_rest():
+    parts = breaking.parts_of({"token": [10.0, 12.0], "casts": [7.0, 9.0], "products": [4.0, 4.0]})
+    assert {name: value for name, (value, _, _) in parts.items()} == {
+        "token": 11.0,
+        "casts": 3.0,
+        "products": 4.0,
+        "all but products": 4.0,
+    }
+
+
+def group(launches=None):
+    config = {"model": TINY, "bits": 4, "dtype": "fp16", "lm_head": "fp16", "read_gbps": 3000.0, "run": "r"}
+    config |= {"stage": "graph", "context": 262.0, "launches": launches}
+    parts = {**KNOWN, "what is left": LEFT, "token": sum(KNOWN.values()) + LEFT}
+    return [
+        records.measured("token_part", [us], "codebook", {**config, "part": name}, {"name": "a card"}, {})
+        for name, us in parts.items()
+    ]
+
+
+def launch(us):
+    return records.measured("launch_time", [us], "nothing", {"chain": "alone"}, {"name": "a card"}, {})
+
+
+def test_products_and_the_rest_are_split_without_a_remainder():
+    shape, rows = MODELS["llama-2-7b"], group(launches=200)
+    made = breaking.derived_parts(rows, shape, launch(0.9))
+    by_part = {r.config["part"]: r for r in made}
+    nbytes = waterfall.product_bytes("codebook", 4, "fp16", "fp16", shape)
+    for part, count in nbytes.items():
+        assert by_part[part].value == pytest.approx(count / 3e6) and by_part[part].kind == "derived"
+    assert sum(by_part[p].value for p in (*nbytes, "kernel efficiency")) == pytest.approx(KNOWN["products"])
+    assert by_part["launches"].value == pytest.approx(180) and by_part["dispatch"].value == pytest.approx(160)
+    waterfall.find([*rows, *made]).checked(1e-9)
+
+
+def test_launches_are_at_most_what_is_left_and_unknown_ones_are_dispatch():
+    shape = MODELS["llama-2-7b"]
+    many = {r.config["part"]: r.value for r in breaking.derived_parts(group(900), shape, launch(0.9))}
+    assert many["launches"] == LEFT and many["dispatch"] == 0
+    for rows, empty in ((group(), launch(0.9)), (group(200), None)):
+        made = {r.config["part"]: r for r in breaking.derived_parts(rows, shape, empty)}
+        assert "launches" not in made and made["dispatch"].value == LEFT
+        assert made["dispatch"].kind == "measured"
+
+
+def test_a_step_on_the_cpu_is_taken_apart():
+    rows = bench.breakdown(TINY, "cpu", profile="smoke", methods=("fp32", "codebook"))
+    taken_apart = waterfall.runs(rows)
+    assert [(r.token.method, r.token.config["stage"]) for r in taken_apart] == [
+        (method, stage) for method in ("fp32", "codebook") for stage in stages("cpu")
+    ]
+    for run in taken_apart:
+        run.checked(1e-9)
+    lean = waterfall.find(rows, "codebook", stage="lean")
+    assert {p.label for p in lean.parts} == {
+        "ideal bytes", "codebook overhead", "output head", "kernel efficiency", "dispatch",
+        "attention and cache", "norms", "sampling",
+    }  # fmt: skip
+    assert lean.token.config["read_gbps"] > 0 and lean.token.n >= 2
+    steps = waterfall.compare(taken_apart[0], lean)
+    assert sum(s.us for s in steps[:-1]) == pytest.approx(lean.us)

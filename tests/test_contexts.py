@@ -1,0 +1,53 @@
+"""Speed and memory against the context: what is measured, and what is refused with its reason."""
+
+import pytest
+
+from trapetum import bench, timing
+from trapetum.bench import contexts
+from trapetum.models import load
+
+TINY = "random:llama-tiny"
+
+
+def test_each_context_has_speed_and_memory():
+    rows = bench.context(TINY, "cpu", profile="smoke", contexts=(48, 64, 512), methods=["codebook"])
+    speeds = [r for r in rows if r.quantity == "context_speed"]
+    assert [r.config["context"] for r in speeds] == [48, 64, 512]
+    assert all(r.value > 0 and r.n >= 3 and r.config["kv"] == "fp32" for r in speeds)
+    shape = load(TINY).shape
+    assert speeds[2].config["bytes"] - speeds[1].config["bytes"] == shape.kv_bytes(512 - 64, 4)
+    held = [r for r in rows if r.quantity == "decode_memory"]
+    assert [r.config["context"] for r in held] == [48, 64, 512]
+    more = held[2].config["estimate_gb"] - held[1].config["estimate_gb"]
+    assert more == pytest.approx(shape.kv_bytes(512 - 64, 4) / 1e9)
+
+
+def test_random_weights_take_contexts_beyond_their_config():
+    (row, *_) = bench.context(TINY, "cpu", profile="smoke", contexts=(9000,), methods=["codebook"])
+    assert row.quantity == "context_speed" and row.config["context"] == 9000
+
+
+def test_what_does_not_fit_says_so_with_estimate_and_free_bytes(monkeypatch):
+    free = timing.free_bytes("cpu")
+    monkeypatch.setattr(contexts, "_free", lambda device: 100_000)
+    rows = bench.context(TINY, "cpu", profile="smoke", contexts=(64, 4096), methods=["codebook"])
+    assert [r.quantity for r in rows] == ["context_speed", "decode_memory", "call_accepted"]
+    (row,) = [r for r in rows if r.quantity == "call_accepted"]
+    assert row.value == 0 and row.config["context"] == 4096 and row.config["free_bytes"] == 100_000 < free
+    assert (
+        "4096 tokens take an estimated 0.0 GB" in row.config["error"]
+        and "0.0 GB are free" in row.config["error"]
+    )
+    assert row.config["estimate_gb"] * 1e9 > 100_000
+
+
+def test_a_checkpoint_keeps_its_own_limit():
+    rows = bench.context("builtin", "cpu", profile="smoke", contexts=(64, 10**6), methods=["fp32"])
+    refused = [r for r in rows if r.quantity == "call_accepted"]
+    assert len(refused) == 1 and "beyond the model's own limit of" in refused[0].config["error"]
+    assert any(r.quantity == "context_speed" and r.config["context"] == 64 for r in rows)
+
+
+def test_too_short_a_context_is_refused():
+    with pytest.raises(ValueError, match="32 tokens has no room for the 32 timed steps"):
+        bench.context(TINY, "cpu", profile="smoke", contexts=(32,))
