@@ -13,6 +13,7 @@ breaking = import_module("trapetum.bench.breakdown")  # `bench.breakdown` is its
 TINY = "random:llama-tiny"
 KNOWN = {"sampling": 30.0, "norms": 200.0, "attention and cache": 500.0, "products": 5000.0}
 LEFT = 340.0
+CARD = {"name": "a card"}
 
 
 class Machine:
@@ -70,40 +71,49 @@ def test_a_tree_has_only_products_and_the_rest():
     }
 
 
-def group(launches=None):
+def group(**launches):
     config = {"model": TINY, "bits": 4, "dtype": "fp16", "lm_head": "fp16", "read_gbps": 3000.0, "run": "r"}
-    config |= {"stage": "graph", "context": 262.0, "launches": launches}
+    config |= {"stage": "graph", "context": 262.0}
     parts = {**KNOWN, "what is left": LEFT, "token": sum(KNOWN.values()) + LEFT}
+    counted = {"products": launches.get("products"), "what is left": launches.get("left")}
     return [
-        records.measured("token_part", [us], "codebook", {**config, "part": name}, {"name": "a card"}, {})
+        records.measured(
+            "token_part", [us], "codebook", {**config, "part": name, "launches": counted.get(name)}, CARD, {}
+        )
         for name, us in parts.items()
     ]
 
 
 def launch(us):
-    return records.measured("launch_time", [us], "nothing", {"chain": "alone"}, {"name": "a card"}, {})
+    return records.measured("launch_time", [us], "nothing", {"chain": "alone"}, CARD, {})
 
 
-def test_products_and_the_rest_are_split_without_a_remainder():
-    shape, rows = MODELS["llama-2-7b"], group(launches=200)
+@pytest.mark.parametrize(("products", "left"), [(129, 200), (129, 0)])
+def test_products_and_the_rest_are_split_without_a_remainder(products, left):
+    shape, rows = MODELS["llama-2-7b"], group(products=products, left=left)
     made = breaking.derived_parts(rows, shape, launch(0.9))
     by_part = {r.config["part"]: r for r in made}
+    assert len(by_part) == len(made)
     nbytes = waterfall.product_bytes("codebook", 4, "fp16", "fp16", shape)
     for part, count in nbytes.items():
         assert by_part[part].value == pytest.approx(count / 3e6) and by_part[part].kind == "derived"
-    assert sum(by_part[p].value for p in (*nbytes, "kernel efficiency")) == pytest.approx(KNOWN["products"])
-    assert by_part["launches"].value == pytest.approx(180) and by_part["dispatch"].value == pytest.approx(160)
+    assert by_part["launches"].value == pytest.approx(0.9 * (products + left))
+    assert by_part["dispatch"].value == pytest.approx(LEFT - 0.9 * left)
+    own = sum(by_part[p].value for p in (*nbytes, "kernel efficiency"))
+    assert own == pytest.approx(KNOWN["products"] - 0.9 * products)
     waterfall.find([*rows, *made]).checked(1e-9)
 
 
 def test_launches_are_at_most_what_is_left_and_unknown_ones_are_dispatch():
     shape = MODELS["llama-2-7b"]
-    many = {r.config["part"]: r.value for r in breaking.derived_parts(group(900), shape, launch(0.9))}
-    assert many["launches"] == LEFT and many["dispatch"] == 0
-    for rows, empty in ((group(), launch(0.9)), (group(200), None)):
+    rows = group(products=100, left=900)
+    many = {r.config["part"]: r.value for r in breaking.derived_parts(rows, shape, launch(0.9))}
+    assert many["launches"] == pytest.approx(90 + LEFT) and many["dispatch"] == 0
+    for rows, empty in ((group(), launch(0.9)), (group(products=100, left=200), None)):
         made = {r.config["part"]: r for r in breaking.derived_parts(rows, shape, empty)}
         assert "launches" not in made and made["dispatch"].value == LEFT
         assert made["dispatch"].kind == "measured"
+        waterfall.find([*rows, *made.values()]).checked(1e-9)
 
 
 def test_a_step_on_the_cpu_is_taken_apart():

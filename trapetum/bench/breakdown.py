@@ -66,7 +66,7 @@ def breakdown(
 
     Returns:
         `token_part` records in us: measured `token` and what each ablation took away (samples: one a round), and derived
-        ones that split the products by bytes over the read bandwidth and, in a graph, what is left by launches. They
+        ones that split the products by bytes over the read bandwidth and, in a graph, take their launches out. They
         share `config.run`; `trapetum.waterfall` reads them. On a GPU `launch_time` records too.
     """
     recorder = Recorder(device, profile)
@@ -97,23 +97,19 @@ def _one(recorder: Recorder, variant: Variant, stage: str, new_tokens: int | Non
         refuser(recorder)(variant.method, {**variant.config, "stage": stage, **options}, error)
         return
     started = records.now_utc()
+    kv = variant.kv_name(options.get("kv", "fp16"))
     config = run.config(
         context=context,
-        run=f"{started} {stage} {variant.config['bits']} {variant.kv_name(options.get('kv', 'fp16'))}",
+        run=f"{started} {stage} {variant.config['bits']} {kv}",
         rounds=len(times[wf.TOKEN]),
     )
-    if recorder.device == "cuda" and stage not in TREES:
-        config["launches"] = _launches(run)
+    in_a_graph = recorder.device == "cuda" and stage not in TREES
+    counts = _launches(run) if in_a_graph else {}
     sha = kernel_sha(recorder, variant)
     for part, (value, samples, source) in parts_of(times).items():
+        labelled = {**config, "part": part} | ({"launches": counts[part]} if part in counts else {})
         recorder.add(
-            "token_part",
-            samples,
-            variant.method,
-            {**config, "part": part},
-            value=value,
-            source=source,
-            kernel_sha256=sha,
+            "token_part", samples, variant.method, labelled, value=value, source=source, kernel_sha256=sha
         )
 
 
@@ -222,14 +218,18 @@ def _rest(cases: Sequence[str]) -> str:
     return wf.LEFT if wf.ATTENTION in cases else wf.OTHERS
 
 
-def _launches(run: Run) -> float | None:
-    """Kernels that a token still launches when its parts are left out."""
-    with run.engine.without(*(name for name, _ in LADDER)):
-        return (
-            kernels_a_token(lambda count: run.engine.generate(run.prompt, count))
-            if run.tokens > 2 * WINDOW
-            else None
-        )
+def _launches(run: Run) -> dict[str, float]:
+    """Kernels a token that belong to the products, and that are left when all parts are left out; {} if none is seen."""
+    start, names = max(1, round(run.context) - 2 * WINDOW), [name for name, _ in LADDER]
+    if start + 2 * WINDOW >= run.max_context:
+        return {}
+
+    def count(silenced: Sequence[str]) -> float:
+        with run.engine.without(*silenced):
+            return kernels_a_token(lambda steps: run.engine.step_times(start, steps), WINDOW, 2 * WINDOW)
+
+    with_products, left = count(names[:-1]), count(names)
+    return {wf.PRODUCTS: with_products - left, wf.LEFT: left} if with_products else {}
 
 
 # What follows
@@ -253,29 +253,50 @@ def _launch_us(rows: Sequence[Record], group: Sequence[Record]) -> Record | None
 def derived_parts(group: Sequence[Record], shape, launch: Record | None) -> list[Record]:
     """The parts that follow from one run's measured ones.
 
+    Attention, norms and sampling keep the launches that they make; those of the products and of what is left become a
+    part of their own where they were counted.
+
     Args:
         group: the `token_part` records of one run.
         shape: the model's sizes.
         launch: `launch_time` of an empty kernel in a graph, or None.
 
     Returns:
-        `token_part` records: the products as bytes over the read bandwidth and the rest; what is left as launches and
-        dispatch, or all of it as dispatch where launches cost nothing of their own or were not counted.
+        `token_part` records: the products as bytes over the read bandwidth, launches and the rest; what is left as
+        launches and the rest, which is dispatch.
     """
     by_part = {r.config["part"]: r for r in group}
-    made = _of_products(by_part[wf.PRODUCTS], shape)
-    return made + (_of_the_rest(by_part[wf.LEFT], launch) if wf.LEFT in by_part else [])
+    products, left = by_part[wf.PRODUCTS], by_part.get(wf.LEFT)
+    shares = {r.config["part"]: _launch_share(r, launch) for r in (products, left) if r}
+    made = _of_products(products, shape, shares[wf.PRODUCTS])
+    if left is None:
+        return made
+    if not any(shares.values()):
+        return [*made, left.replace(config={**left.config, "part": wf.DISPATCH})]
+    counts = " and ".join(f"{r.config['launches']:.4g} of {r.config['part']}" for r in (products, left))
+    formula = f"launches a token: {counts}, of {launch.value:.4g} us (record {launch.id}), at most all of these parts"
+    return [
+        *made,
+        _derived(left, wf.LAUNCHES, sum(shares.values()), formula, f"{products.id} and {left.id}"),
+        _derived(left, wf.DISPATCH, left.value - shares[wf.LEFT], "what is left less its launches"),
+    ]
 
 
-def _derived(record: Record, part: str, us: float, formula: str) -> Record:
+def _launch_share(record: Record, launch: Record | None) -> float:
+    """Microseconds that the launches of a part take, at most all of it."""
+    count = record.config.get("launches")
+    return min(max(record.value, 0.0), count * launch.value) if launch and count else 0.0
+
+
+def _derived(record: Record, part: str, us: float, formula: str, source: str = "") -> Record:
     config = {**record.config, "part": part}
     return records.derived(
-        "token_part", us, record.method, config, record.device, record.id, formula,
+        "token_part", us, record.method, config, record.device, source or record.id, formula,
         software=record.software, utc=record.utc, commit=record.commit, dirty=record.dirty,
     )  # fmt: skip
 
 
-def _of_products(products: Record, shape) -> list[Record]:
+def _of_products(products: Record, shape, launches_us: float) -> list[Record]:
     config = products.config
     nbytes = wf.product_bytes(
         products.method, config["bits"], config["dtype"], config.get("lm_head", config["dtype"]), shape
@@ -284,18 +305,6 @@ def _of_products(products: Record, shape) -> list[Record]:
     for part in (wf.IDEAL, wf.CODEBOOKS, wf.HEAD):
         formula = f"{nbytes[part]} bytes over the read bandwidth of {read_gbps:.5g} GB/s"
         made.append(_derived(products, part, law.floor_us(nbytes[part], read_gbps), formula))
-    rest = products.value - sum(r.value for r in made)
-    return [*made, _derived(products, wf.KERNEL, rest, "products less all their bytes at the read bandwidth")]
-
-
-def _of_the_rest(left: Record, launch: Record | None) -> list[Record]:
-    count = left.config.get("launches")
-    if not (launch and count):
-        return [left.replace(config={**left.config, "part": wf.DISPATCH})]
-    launches = min(left.value, count * launch.value)
-    formula = f"{count:.4g} launches a token of {launch.value:.4g} us (record {launch.id}), at most all that is left"
-    rest = left.value - launches
-    return [
-        _derived(left, wf.LAUNCHES, launches, formula),
-        _derived(left, wf.DISPATCH, rest, "what is left less the launches"),
-    ]
+    rest = products.value - launches_us - sum(r.value for r in made)
+    formula = "products less all their bytes at the read bandwidth and less their launches"
+    return [*made, _derived(products, wf.KERNEL, rest, formula)]

@@ -38,7 +38,7 @@ def add_launch_time(recorder: Recorder, pdl: bool) -> Record:
     return recorder.add("launch_time", samples, "nothing", config, kernel_sha256=sha)
 
 
-def kernels_a_token(make: Callable[[int], object], few: int = 32, many: int = 64) -> float | None:
+def kernels_a_token(make: Callable[[int], object], few: int = 32, many: int = 64) -> float:
     """Kernels that run for one token, counted by torch's profiler, those inside graphs too.
 
     Args:
@@ -46,10 +46,10 @@ def kernels_a_token(make: Callable[[int], object], few: int = 32, many: int = 64
         few, many: two lengths; what a generation costs besides its tokens drops out of the difference.
 
     Returns:
-        the number, or None where the profiler sees no kernel.
+        the number; 0 where none runs, or where the profiler sees none.
     """
     counts = [_kernels(lambda n=n: make(n)) for n in (few, many)]
-    return (counts[1] - counts[0]) / (many - few) if all(counts) else None
+    return (counts[1] - counts[0]) / (many - few)
 
 
 def _kernels(work: Callable[[], object]) -> int:
