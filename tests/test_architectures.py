@@ -253,3 +253,18 @@ def test_a_model_that_did_not_come_through_load_is_refused_too():
     capped.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="does not compute final_logit_softcapping = 30.0"):
         Engine(capped, "lean", max_context=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["naive", "cast_free", "graph"])
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_streamed_codes_speak_like_the_dequantized_weights(case, stage, tmp_path):
+    """In float32; where a rounding decides between two tokens, their logits are near."""
+    loaded = models.load(written(case, tmp_path), "cuda", quantize=QuantizeSpec(4, "rtn"))
+    made = Engine(loaded, stage, max_context=64).generate(PROMPT, 24).tokens
+    twin = models.dequantize_model(models.load(str(tmp_path), "cuda", quantize=QuantizeSpec(4, "rtn")).model)
+    with torch.inference_mode():
+        logits = twin(torch.tensor([PROMPT + made], device="cuda")).logits[0, len(PROMPT) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(made, device="cuda")[:, None])[:, 0]
+    assert float(((logits.max(-1).values - chosen) / logits.std(-1)).max()) < 0.02
+    assert len(set(made)) > 4
