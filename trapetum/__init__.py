@@ -9,7 +9,8 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     hardware, shapes, memory, law, law_terms, law_methods,    facts and formulas;
       law_cards, pareto, records, machine                     none needs torch
     formats, gemv_plans, cuda, ladder, cpu, cpu_layout,       codebook weights, kernels, the torch operator
-      cpu_threads, cpu_dense, ops, additive, cuda_additive    over them
+      cpu_threads, cpu_dense, ops, additive, cuda_additive,   over them,
+      cuda_dense                                              and dense weights in the same step
     cuda_token                                                the end of a decode step: token and next input
     kmeans, quantizers                                        how the values of a codebook are chosen
     linear, swap, checkpoint, architectures, shards,          models with codebook layers:
