@@ -130,5 +130,31 @@ def test_a_step_on_the_cpu_is_taken_apart():
         "attention and cache", "norms", "sampling",
     }  # fmt: skip
     assert lean.token.config["read_gbps"] > 0 and lean.token.n >= 2
+    naive = waterfall.find(rows, "codebook", stage="naive")
+    assert {"casts", "all but products"} <= {p.label for p in naive.parts}
     steps = waterfall.compare(taken_apart[0], lean)
     assert sum(s.us for s in steps[:-1]) == pytest.approx(lean.us)
+
+
+def test_without_casts_only_the_casts_go():
+    from trapetum.bench.variants import codebook_variant
+    from trapetum.decode import Engine
+    from trapetum.swap import codebook_layers
+
+    loaded = codebook_variant(TINY, "cpu", "fp32").loaded
+    engine = Engine(loaded, "naive", 32)
+    _, layer = next(iter(codebook_layers(loaded.model)))
+    seen, kinds, cache = [], [], type(engine._decoder)._cache
+
+    def watched(decoder):
+        kinds.append(decoder._casts)
+        return cache(decoder)
+
+    engine._decoder.__class__ = type("Watched", (type(engine._decoder),), {"_cache": watched})
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.casts))
+    tokens = engine.generate([1, 2], 3).tokens
+    with breaking.without_casts(engine):
+        assert engine.generate([1, 2], 3).tokens == tokens
+    assert engine.generate([1, 2], 3).tokens == tokens
+    assert seen == [True] * 3 + [False] * 3 + [True] * 3
+    assert kinds == [True] * 3  # the cache is always the one that the casts' stage has

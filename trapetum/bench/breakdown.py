@@ -163,17 +163,31 @@ def _cases(run: Run, stage: str) -> Cases:
 
 
 def _has_casts(engine: Engine) -> bool:
-    return getattr(engine._decoder, "casts", None) is True
+    return getattr(engine._decoder, "_casts", False)
 
 
 @contextmanager
 def without_casts(engine: Engine) -> Iterator[None]:
-    """Within this context the stage `naive` runs as it does, but for the casts around its products."""
-    engine._decoder.casts = False
+    """Within this context the stage `naive` has no casts around its products, and otherwise runs as it does.
+
+    The cache goes on growing: without casts the module tree would take a static one on a GPU, which is another change.
+    """
+    decoder = engine._decoder
+    growing = type(decoder)._cache
+
+    def cache():
+        decoder._casts = True
+        try:
+            return growing(decoder)
+        finally:
+            decoder._casts = False
+
+    decoder._cache, decoder._casts = cache, False
     try:
         yield
     finally:
-        engine._decoder.casts = True
+        del decoder._cache
+        decoder._casts = True
 
 
 def step_times(cases: Cases, clock: Clock, rounds: int, budget_s: float) -> dict[str, list[float]]:

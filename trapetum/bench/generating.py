@@ -12,13 +12,14 @@ from trapetum.bench.variants import Variant, default_methods, variants
 from trapetum.decode import DecodeError, Engine, Generation
 from trapetum.decode import stages as stages_of
 from trapetum.energy import EnergyMeter, EnergyReading
+from trapetum.llama_step import UnsupportedModel
 from trapetum.records import Record
 
 WARM_UP_TOKENS = 3
 FEWEST_TOKENS = 4
 CHUNKS = 8
 WINDOW = 32  # tokens; the later stages make several a launch, at most so many, so no sum ends inside a launch
-NOT_POSSIBLE = (DecodeError, torch.OutOfMemoryError, MemoryError)
+NOT_POSSIBLE = (DecodeError, UnsupportedModel, torch.OutOfMemoryError, MemoryError)
 
 
 def decode(
