@@ -12,10 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trapetum import build, cuda, cuda_token, export, launch
+from trapetum import (
+    build,
+    cuda,
+    cuda_attention,
+    cuda_dense,
+    cuda_token,
+    export,
+    export_plan,
+    launch,
+    models,
+)
+from trapetum.bench import standalone
+from trapetum.bench.recording import Recorder
+from trapetum.decode import Engine
 from trapetum.export import About, Buffers, ExportError
+from trapetum.fused_step import FusedStep
 from trapetum.gemv_plans import H100, Plan
 from trapetum.launch import Kernel, Launch, integer, pointer, recorded
+from trapetum.llama_step import LlamaStep
 from trapetum.paths import KERNELS, ROOT
 
 VOCABULARY, CONTEXT = 97, 64
@@ -354,12 +369,12 @@ def test_the_weights_are_safetensors_and_lie_where_the_plan_says(step, folder):
     assert by_name["scratch.x"][1:] == ["fill", "0", "variable"]
 
 
-@pytest.mark.parametrize("dtype", export._DTYPES)
+@pytest.mark.parametrize("dtype", export_plan._DTYPES)
 def test_every_dtype_is_written_as_safetensors_reads_it(dtype, tmp_path):
     tensors = {"weights.a": torch.arange(6).view(2, 3).to(dtype), "weights.b": torch.ones((), dtype=dtype)}
-    layout = export.layout_of(tensors)
+    layout = export_plan.layout_of(tensors)
     with open(tmp_path / "w.safetensors", "wb") as file:
-        export._write_weights(file, tensors, layout)
+        export_plan.write_weights(file, tensors, layout)
     loaded = load_file(tmp_path / "w.safetensors")
     assert all(torch.equal(loaded[n], t) and loaded[n].dtype == dtype for n, t in tensors.items())
     assert (tmp_path / "w.safetensors").stat().st_size == layout.file_bytes
@@ -370,7 +385,7 @@ def test_a_failure_leaves_nothing_behind(step, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(export, "_write_weights", full)
+    monkeypatch.setattr(export, "write_weights", full)
     with pytest.raises(OSError, match="No space"):
         export.export(step, ABOUT, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
@@ -794,6 +809,108 @@ def test_no_compiler_is_one_sentence(folder, monkeypatch):
     assert one_sentence(str(e.value)) and not (folder / "decode").exists()
 
 
+# --- a model and the engine's stages -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+
+
+def test_without_a_gpu_the_command_is_one_sentence(no_gpu, tmp_path):
+    from typer.testing import CliRunner
+
+    from trapetum.cli import app
+
+    result = CliRunner().invoke(app, ["export", "builtin", str(tmp_path / "out")])
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "an export compiles for the GPU of this machine: " in result.output and one_sentence(
+        result.output[:-1]
+    )
+
+
+def test_a_stage_that_calls_pytorch_is_refused(tmp_path):
+    loaded = models.load("random:llama-tiny")
+    engine = Engine(loaded, "lean", max_context=32)
+    with pytest.raises(ExportError, match="the stage lean calls PyTorch.*choose the stage fused or pdl") as e:
+        export.export_engine(engine, loaded, tmp_path / "out")
+    assert one_sentence(str(e.value))
+
+
+def test_what_a_plan_says_of_a_model(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    loaded = models.load("builtin")
+    about = export.about_model(loaded, 100)
+    shape, model = loaded.shape, loaded.model
+    width = model.get_input_embeddings().weight.element_size()
+    assert (about.arch, about.context, about.vocabulary) == ("sm_90", 100, shape.vocab)
+    assert about.cached_token_bytes == 2 * shape.layers * shape.kv_heads * shape.head_dim * width
+    dense = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    assert about.token_bytes == dense - (0 if tied else embedding.nbytes)
+    assert about.eos == (loaded.tokenizer.eos_token_id,) if loaded.tokenizer.eos_token_id is not None else ()
+    assert export.about_model(models.load("random:llama-tiny"), 8).eos == ()
+
+
+# --- the two runtimes in turns ---------------------------------------------------------------------------------------------
+
+
+def test_turns_alternate_and_pair_up():
+    order = []
+
+    def runtime(name, speed):
+        def turn():
+            order.append(name)
+            return standalone.Turn([1, 2, 3], speed + len(order))
+
+        return turn
+
+    turns = standalone.take_turns({"python": runtime("python", 100), "c++": runtime("c++", 200)}, 3)
+    assert order == ["python", "c++", "c++", "python", "python", "c++"]
+    assert [turn.tokens_per_s for turn in turns["c++"]] == [202, 203, 206]
+    assert standalone.agreement(turns["c++"], [1, 2, 4]) == [2 / 3] * 3
+
+
+def turns_of(python, cpp, tokens):
+    return {
+        "python": [standalone.Turn([1, 2, 3, 4], speed) for speed in python],
+        "c++": [standalone.Turn(tokens, speed) for speed in cpp],
+    }
+
+
+def test_records_hold_both_runtimes_and_the_ratio_within_a_round():
+    recorder = Recorder("cpu", "smoke")
+    config = {"model": "m", "stage": "pdl", "bytes": 1000, "context": 10.0}
+    turns = turns_of([100, 200, 100], [98, 202, 101], [1, 2, 3, 4])
+    standalone.add_turns(recorder, turns, [1, 2, 3, 4], config, None)
+    found = {(r.quantity, r.config["runtime"]): r for r in recorder.close()}
+    assert set(found) == {
+        ("decode_speed", "python"),
+        ("decode_speed", "c++"),
+        ("speedup", "c++"),
+        ("token_agreement", "c++"),
+    }
+    assert found["decode_speed", "python"].samples == (100, 200, 100)
+    assert found["speedup", "c++"].samples == (0.98, 1.01, 1.01)
+    assert found["speedup", "c++"].config["baseline"] == "python"
+    assert found["token_agreement", "c++"].value == 1 and not any(r.suspect for r in found.values())
+    assert len({r.config["run"] for r in found.values()}) == 1
+
+
+def test_a_program_with_other_tokens_is_suspect():
+    recorder = Recorder("cpu", "smoke")
+    standalone.add_turns(recorder, turns_of([100], [300], [1, 2, 4, 4]), [1, 2, 3, 4], {"model": "m"}, None)
+    found = {(r.quantity, r.config["runtime"]): r for r in recorder.close()}
+    assert found["token_agreement", "c++"].value == 0.75
+    assert (
+        found["decode_speed", "c++"].suspect
+        and "75% of the tokens" in found["decode_speed", "c++"].why_suspect
+    )
+    assert found["speedup", "c++"].suspect and not found["decode_speed", "python"].suspect
+
+
 # --- this package's kernels --------------------------------------------------------------------------------------------------
 
 
@@ -837,19 +954,6 @@ class ChainStep:
         cuda.gemv(self.h, *self.head, self.HIDDEN, 4, out=self.logits, pdl=True, plan=plan)
         cuda_token.next_token(self.logits, self.state, self.embedding, self.x, pdl=True)
 
-    def generate(self, prompt, count):
-        """The tokens by launches from Python, one at a time."""
-        made = []
-        for position in range(len(prompt) + count - 1):
-            if position < len(prompt):
-                self.state.tokens.fill_(prompt[position])
-                self.state.position.fill_(position)
-                self.embed()
-            self.advance()
-            if position >= len(prompt) - 1:
-                made.append(int(self.state.tokens))
-        return made
-
 
 class CompiledKernel(Kernel):
     """A kernel that is compiled and not loaded."""
@@ -861,9 +965,7 @@ class CompiledKernel(Kernel):
 
 def test_compiled_kernels_make_a_folder_that_the_program_accepts(checker, tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc")
-    monkeypatch.setattr(cuda, "room_of", lambda device: H100)
-    for module in (cuda, cuda_token):
-        monkeypatch.setattr(module, "kernel", CompiledKernel)
+    on_the_cpu(monkeypatch, CompiledKernel)
     step = ChainStep("cpu")
     about = About("chain", "sm_90", step.VOCABULARY, step.CONTEXT)
     folder = export.export(step, about, tmp_path / "out")
@@ -875,6 +977,38 @@ def test_compiled_kernels_make_a_folder_that_the_program_accepts(checker, tmp_pa
     assert done.returncode == 0 and "launches_a_token 3\nkernels 3\n" in done.stdout
 
 
+def on_the_cpu(monkeypatch, kernel):
+    """Let what launches believe that CPU tensors are on an H100, and its kernels be `kernel`."""
+    zeros = torch.zeros
+
+    def zeros_anywhere(*sizes, device=None, **how):
+        return zeros(*sizes, device=None if str(device).startswith("cuda") else device, **how)
+
+    monkeypatch.setattr(torch, "zeros", zeros_anywhere)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(cuda_dense, "_check_devices", lambda *_, **__: None)
+    monkeypatch.setattr(cuda, "_tuned_for", lambda device: ("H100", "0" * 64))
+    for module in (cuda, cuda_attention, cuda_dense, cuda_token):
+        monkeypatch.setattr(module, "kernel", kernel)
+        if hasattr(module, "room_of"):
+            monkeypatch.setattr(module, "room_of", lambda device: H100)
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
+def test_every_pointer_of_the_fused_step_lies_in_its_tensors(kv, checker, tmp_path, monkeypatch):
+    def noted(source, name, defines, device):
+        return FakeKernel(name, a_cubin(tmp_path, f"{name}-{abs(hash((source, defines)))}"))
+
+    on_the_cpu(monkeypatch, noted)
+    loaded = models.load("builtin", "cpu", "fp16")
+    step = FusedStep(LlamaStep(loaded.model, 64, cache=False), 64, kv, pdl=True)
+    folder = export.export(step, export.about_model(loaded, 64, kv), tmp_path / "out")
+    done = run(checker, folder, "--check")
+    assert done.returncode == 0 and f"launches_a_token {step.launches}\n" in done.stdout
+    used = {word for line in read_plan(folder)["launch"] for word in line if word.startswith("ptr:")}
+    assert len({word.split(":")[1] for word in used}) == len(read_plan(folder)["buffer"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_program_makes_the_tokens_of_the_launches_from_python(dtype, tmp_path):
@@ -883,8 +1017,92 @@ def test_the_program_makes_the_tokens_of_the_launches_from_python(dtype, tmp_pat
     about = About("chain", f"sm_{major}{minor}", step.VOCABULARY, step.CONTEXT)
     folder = export.export(step, about, tmp_path / "out")
     assert int(step.state.position) == 0 and not step.logits.any()  # an export launches nothing
-    wanted = step.generate([7, 300, 12], 40)
+    wanted = standalone.launched_tokens(step, [7, 300, 12], 40)
     assert len(set(wanted)) > 3
     export.build_standalone(folder)
     outputs = export.run_standalone(folder, [7, 300, 12], 40, runs=3)
     assert [output.tokens for output in outputs] == [wanted] * 3
+
+
+def built_in(bits=None):
+    quantize = models.QuantizeSpec(bits) if bits else None
+    return models.load("builtin", "cuda", "fp16", quantize=quantize)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["fused", "pdl"])
+@pytest.mark.parametrize("bits", [None, 4, 2])
+def test_the_program_makes_the_tokens_of_the_engines_step(bits, stage, tmp_path):
+    loaded = built_in(bits)
+    engine = Engine(loaded, stage, max_context=128)
+    folder = export.export_engine(engine, loaded, tmp_path / "out", tokens_a_graph=5)
+    export.build_standalone(folder)
+    for prompt in ([5], [200, 7], [77, 78, 79, 80]):
+        wanted = standalone.launched_tokens(export.step_of(engine), prompt, 100)
+        outputs = export.run_standalone(folder, prompt, 100, runs=2)
+        assert [output.tokens for output in outputs] == [wanted] * 2 and len(set(wanted)) > 3
+        assert all(output.gb_per_s is not None for output in outputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
+def test_the_built_in_model_says_the_same_without_python(kv, tmp_path):
+    loaded = built_in(4)
+    engine = Engine(loaded, export.STAGE, max_context=256, kv=kv)
+    prompt = loaded.tokenizer("Return a", return_tensors="pt").input_ids[0].tolist()
+    said = engine.generate(prompt, 200).tokens
+    folder = export.export_engine(
+        engine, loaded, tmp_path / "out"
+    )  # after a generation, whose cache is not exported
+    export.build_standalone(folder)
+    (output,) = export.run_standalone(folder, prompt, 200)
+    assert output.tokens == standalone.launched_tokens(export.step_of(engine), prompt, 200)
+    if kv == "fp16":  # a prefill rounds otherwise, which a quantized cache carries on
+        assert output.tokens == said
+
+
+@pytest.mark.gpu
+def test_the_whole_context_can_be_used(tmp_path):
+    loaded = built_in(4)
+    engine = Engine(loaded, export.STAGE, max_context=64)
+    folder = export.export_engine(engine, loaded, tmp_path / "out")
+    export.build_standalone(folder)
+    (output,) = export.run_standalone(folder, [1, 2, 3], 61)
+    assert output.tokens == standalone.launched_tokens(export.step_of(engine), [1, 2, 3], 61)
+    with pytest.raises(ExportError, match="need a context of 65, and the export has 64"):
+        export.run_standalone(folder, [1, 2, 3], 62)
+
+
+@pytest.mark.gpu
+def test_a_damaged_cubin_is_one_sentence(tmp_path):
+    loaded = built_in(4)
+    folder = export.export_engine(Engine(loaded, export.STAGE, max_context=64), loaded, tmp_path / "out")
+    export.build_standalone(folder)
+    for cubin in (folder / "kernels").iterdir():
+        cubin.write_bytes(b"\x7fELF" + bytes(5000))
+    with pytest.raises(ExportError, match="loading .*cubin failed: CUDA_ERROR_") as e:
+        export.run_standalone(folder, [1], 2)
+    assert one_sentence(str(e.value))
+
+
+@pytest.mark.gpu
+def test_the_command_writes_a_folder_that_decodes(tmp_path):
+    from typer.testing import CliRunner
+
+    from trapetum.cli import app
+
+    words = ["export", "builtin", str(tmp_path / "out"), "--bits", "4", "--context", "64"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    (output,) = export.run_standalone(tmp_path / "out", [1, 2, 3], 20)
+    assert len(output.tokens) == 20
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 2 and "exists already" in again.output
+
+
+@pytest.mark.gpu
+def test_both_runtimes_are_recorded():
+    found = standalone.standalone("builtin", "smoke", new_tokens=16, rounds=2)
+    by_name = {(r.quantity, r.config["runtime"]): r for r in found}
+    assert by_name["token_agreement", "c++"].value == 1
+    assert by_name["decode_speed", "c++"].n == by_name["decode_speed", "python"].n == 2
