@@ -94,6 +94,44 @@ def test_a_long_prompt_takes_the_way_of_many_rows(case):
     assert Engine(dense(case), "lean", max_context=256).generate(ids, 8).tokens == greedy(dense(case), 8, ids)
 
 
+#: name -> fields as the config.json of the hub spells them, from before transformers had `rope_parameters`.
+OLD_SPELLINGS = {
+    "llama-3.1": dict(
+        rope_theta=500000.0,
+        rope_scaling=dict(
+            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        ),
+        torch_dtype="bfloat16",
+        pretraining_tp=1,
+    ),
+    "mistral v0.1": dict(rope_theta=10000.0, sliding_window=64, torch_dtype="bfloat16"),
+    "qwen2 7B": dict(
+        rope_theta=1e6, sliding_window=131072, use_sliding_window=False, max_window_layers=28, torch_dtype="bfloat16"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OLD_SPELLINGS)
+def test_configs_as_the_hub_spells_them(case, tmp_path):
+    expected = models.load(written(case, tmp_path, torch.bfloat16), quantize=QuantizeSpec(4, "rtn"))
+    now = json.loads((tmp_path / "config.json").read_text())
+    new = {
+        "rope_parameters",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "dtype",
+    }
+    old = {key: value for key, value in now.items() if key not in new} | OLD_SPELLINGS[case]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded = models.load(str(tmp_path), quantize=QuantizeSpec(4, "rtn"))
+    assert loaded.model.dtype == torch.bfloat16 and loaded.shape == expected.shape
+    assert loaded.model.config.rope_parameters == expected.model.config.rope_parameters
+    made = [Engine(m, "lean", max_context=64).generate(PROMPT, 12).tokens for m in (loaded, expected)]
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_codes_of_every_architecture_survive_saving(case, tmp_path):
     loaded = models.load(written(case, tmp_path / "dense"), quantize=QuantizeSpec(4, "rtn", lm_head=True))
