@@ -32,6 +32,7 @@ from trapetum.gemv_plans import H100, Plan
 from trapetum.launch import Kernel, Launch, integer, pointer, recorded
 from trapetum.llama_step import LlamaStep
 from trapetum.paths import KERNELS, ROOT
+from trapetum.records import latest, select
 
 VOCABULARY, CONTEXT = 97, 64
 ABOUT = About("a model", "sm_90", VOCABULARY, CONTEXT, (3, 5), 1000, 10, 4, {"hidden": 1, "layers": 2})
@@ -897,6 +898,8 @@ def test_records_hold_both_runtimes_and_the_ratio_within_a_round():
     assert found["speedup", "c++"].config["baseline"] == "python"
     assert found["token_agreement", "c++"].value == 1 and not any(r.suspect for r in found.values())
     assert len({r.config["run"] for r in found.values()}) == 1
+    assert len(latest(found.values())) == 4  # neither runtime takes the other's place
+    assert select(found.values(), beside=None) == []  # nor that of a decode measured alone
 
 
 def test_a_program_with_other_tokens_is_suspect():
@@ -1010,6 +1013,20 @@ def test_every_pointer_of_the_fused_step_lies_in_its_tensors(kv, checker, tmp_pa
 
 
 @pytest.mark.gpu
+def test_a_recording_on_a_gpu_launches_only_when_it_is_not_dry():
+    step = ChainStep("cuda")
+    with recorded(dry=True) as dry:
+        step.embed()
+    torch.cuda.synchronize()
+    assert not step.x.any()
+    with recorded() as made:
+        step.embed()
+    torch.cuda.synchronize()
+    assert step.x.any() and dry == made and made[0].cubin.read_bytes()[:4] == b"\x7fELF"
+    assert made[0].source == cuda_token.SOURCE and f"ROWS={step.state.rows}" in made[0].defines
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_program_makes_the_tokens_of_the_launches_from_python(dtype, tmp_path):
     step = ChainStep("cuda", dtype)
@@ -1102,7 +1119,7 @@ def test_the_command_writes_a_folder_that_decodes(tmp_path):
 
 @pytest.mark.gpu
 def test_both_runtimes_are_recorded():
-    found = standalone.standalone("builtin", "smoke", new_tokens=16, rounds=2)
+    found = standalone.compare_runtimes("builtin", "smoke", new_tokens=16, rounds=2)
     by_name = {(r.quantity, r.config["runtime"]): r for r in found}
     assert by_name["token_agreement", "c++"].value == 1
     assert by_name["decode_speed", "c++"].n == by_name["decode_speed", "python"].n == 2

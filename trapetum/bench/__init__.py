@@ -12,7 +12,7 @@ profiled     one kernel under Nsight Compute
 variants     one model in several weights              generating  decode speed, memory, energy
 contexts     speed and memory against the context      agreement   tokens and logits beside transformers'
 breakdown    a token's time, part by part              launches    what a launch costs, and how many there are
-accuracy     perplexity and weight error
+standalone   the C++ program beside the Python engine  accuracy    perplexity and weight error
 """
 
 from trapetum.bench.accuracy import perplexity, weight_error
@@ -28,6 +28,7 @@ from trapetum.bench.multiply import gemv, methods_on
 from trapetum.bench.profiled import profile_kernel
 from trapetum.bench.profiles import PROFILES, Sizes, sizes
 from trapetum.bench.reading import bandwidth
+from trapetum.bench.standalone import compare_runtimes
 from trapetum.bench.unpacking import dequant, gemv_chain
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "agreement",
     "bandwidth",
     "breakdown",
+    "compare_runtimes",
     "compare_timers",
     "context",
     "decode",

@@ -94,11 +94,11 @@ def add_turns(
         else f"only {min(same):.0%} of the tokens are those of the same launches from Python."
     )
     for runtime, made in turns.items():
-        about = {**run, "runtime": runtime}
+        about = {**run, "runtime": runtime, "beside": PYTHON if runtime == CPP else CPP}
         speeds, why = [turn.tokens_per_s for turn in made], doubt if runtime == CPP else ""
         recorder.add("decode_speed", speeds, "codebook", about, doubt=why, kernel_sha256=sha)
     pairs = zip(turns[CPP], turns[PYTHON], strict=True)
-    about = {**run, "runtime": CPP, "baseline": PYTHON}
+    about = {**run, "runtime": CPP, "beside": PYTHON, "baseline": PYTHON}
     ratios = [cpp.tokens_per_s / python.tokens_per_s for cpp, python in pairs]
     recorder.add("speedup", ratios, "codebook", about, doubt=doubt, kernel_sha256=sha)
     source = "tokens of the program against those of the same launches made one by one from Python"
@@ -148,7 +148,7 @@ def _measure(
     add_turns(recorder, turns, wanted, config, ops.kernel_sha256(recorder.device))
 
 
-def standalone(
+def compare_runtimes(
     model_name: str | None = None,
     profile: str = "quick",
     new_tokens: int | None = None,
@@ -171,8 +171,8 @@ def standalone(
         folder: a new directory to keep the export in; None for a temporary one.
 
     Returns:
-        `decode_speed` of both (`config.runtime` "python" or "c++", one sample a round), `speedup` of the program over Python
-        (the ratio taken within each round) and `token_agreement`.
+        `decode_speed` of both (`config.runtime` "python" or "c++", `config.beside` the other; one sample a round), `speedup`
+        of the program over Python (the ratio taken within each round) and `token_agreement`.
 
     Raises:
         ExportError: the step cannot be exported, or the program cannot be built or failed.
