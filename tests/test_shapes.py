@@ -111,22 +111,25 @@ def test_a_quantized_cache_by_hand(kv, block):
     assert shape.kv_block_bytes(kv) == block
     assert block == {"int8": 137_216, "int4": 71_680}[kv]
     token = 2 * 8 * 128 * 2
-    assert shape.kv_bytes(63, kv=kv) == 32 * 63 * token == shape.kv_bytes(63)
-    assert shape.kv_bytes(64, kv=kv) == 32 * block
+    assert shape.kv_bytes(0, kv=kv) == 0
+    assert shape.kv_bytes(64, kv=kv) == 32 * 64 * token == shape.kv_bytes(64)
+    assert shape.kv_bytes(65, kv=kv) == 32 * (block + token)
     assert shape.kv_bytes(200, kv=kv) == 32 * (3 * block + 8 * token)
-    assert shape.kv_bytes(131072, kv=kv) == 32 * 2048 * block
+    assert shape.kv_bytes(131072, kv=kv) == 32 * (2047 * block + 64 * token)
 
 
 def test_what_a_quantized_cache_saves():
     shape = MODELS["llama-2-7b"]
-    fp16 = shape.kv_bytes(16384)
-    assert fp16 / shape.kv_bytes(16384, kv="int8") == pytest.approx(1.91, abs=0.01)  # 16 bits against 8.375
-    assert fp16 / shape.kv_bytes(16384, kv="int4") == pytest.approx(3.66, abs=0.01)  # 16 bits against 4.375
-    parts = shape.parts_per_token("codebook-4", 16384, kv="int4")
-    assert parts["KV cache"] == shape.kv_bytes(16384, kv="int4")
-    assert sum(parts.values()) == shape.bytes_per_token("codebook-4", 16384, kv="int4")
-    saved = shape.bytes_per_token("codebook-4", 16384) - shape.bytes_per_token("codebook-4", 16384, kv="int8")
-    assert saved == fp16 - shape.kv_bytes(16384, kv="int8")
+    fp16 = shape.kv_bytes(131072)
+    assert fp16 / shape.kv_bytes(131072, kv="int8") == pytest.approx(1.91, abs=0.01)  # 16 bits against 8.375
+    assert fp16 / shape.kv_bytes(131072, kv="int4") == pytest.approx(3.66, abs=0.01)  # 16 bits against 4.375
+    parts = shape.parts_per_token("codebook-4", 131072, kv="int4")
+    assert parts["KV cache"] == shape.kv_bytes(131072, kv="int4")
+    assert sum(parts.values()) == shape.bytes_per_token("codebook-4", 131072, kv="int4")
+    saved = shape.bytes_per_token("codebook-4", 131072) - shape.bytes_per_token(
+        "codebook-4", 131072, kv="int8"
+    )
+    assert saved == fp16 - shape.kv_bytes(131072, kv="int8")
 
 
 @settings(deadline=None)
@@ -135,7 +138,7 @@ def test_fewer_bits_of_cache_are_never_more_bytes(name, context):
     shape = MODELS[name]
     sizes = [shape.kv_bytes(context, kv=kv) for kv in shapes.KV_FORMATS]
     assert sizes == sorted(sizes, reverse=True)
-    assert (len(set(sizes)) == 3) == (context >= 64)
+    assert (len(set(sizes)) == 3) == (context > 64)
 
 
 def test_the_built_in_model_fits_in_16_megabytes():
@@ -225,15 +228,29 @@ def test_the_memory_of_a_7b_by_hand():
 
 
 @pytest.mark.parametrize(("kv", "values"), [("int8", 1), ("int4", 0.5)])
-def test_a_quantized_cache_is_made_of_whole_blocks_and_a_tail(kv, values):
+def test_a_quantized_cache_is_made_of_whole_blocks_and_the_latest_tokens(kv, values):
     shape = MODELS["llama-3-8b"]
     blocks = 16  # of 1000 tokens
     tokens = blocks * 64 * 8 * 128 * 2 * values
     scales = blocks * 8 * (128 + 64) * 4
-    tail = 64 * 8 * 128 * 2 * 2
-    assert cache_bytes(shape, 1000, kv) == 32 * (tokens + scales + tail)
+    latest = 128 * 8 * 128 * 2 * 2
+    assert cache_bytes(shape, 1000, kv) == 32 * (tokens + scales + latest)
     assert memory_estimate(shape, 4, 1000, kv)["KV cache"] == cache_bytes(shape, 1000, kv)
-    assert cache_bytes(shape, 1000) == shape.kv_bytes(1000)
+    assert cache_bytes(shape, 1000) == shape.kv_bytes(1008)
+
+
+@pytest.mark.parametrize("kv", shapes.KV_FORMATS)
+@pytest.mark.parametrize("context", [1, 16, 63, 64, 65, 200, 1000])
+def test_the_cache_that_is_made_and_read_has_these_bytes(kv, context):
+    torch = pytest.importorskip("torch")
+    kv_cache = pytest.importorskip("trapetum.kv_cache")
+    shape = MODELS["builtin"]
+    cache = kv_cache.KvCache(kv, shape.kv_heads, shape.head_dim, context, torch.float16, "cpu")
+    assert shape.layers * cache.nbytes == cache_bytes(shape, context, kv)
+    coded = cache.coded(context)
+    blocks = shape.kv_block_bytes(kv) * coded // 64 if coded else 0
+    latest = (context - coded) * 2 * shape.kv_heads * shape.head_dim * 2
+    assert shape.kv_bytes(context, kv=kv) == shape.layers * (blocks + latest)
 
 
 def test_heads_tied_and_of_codes():

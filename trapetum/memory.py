@@ -4,13 +4,15 @@ from trapetum.shapes import FORMATS, KV_BLOCK, ModelShape, matrix_bytes, require
 
 _HALF = 2  # bytes of an fp16 or bf16 number
 _FLOAT = 4
+_TILE = 16  # tokens that a 16-bit cache is rounded up to
+_RING = 128  # tokens that a quantized cache also holds in 16 bits
 
 
 def cache_bytes(shape: ModelShape, context: int, kv: str = "fp16") -> int:
     """Bytes of a cache made for `context` tokens.
 
-    A quantized cache is made of whole blocks of `KV_BLOCK` tokens, scales and zero points included, and of one block a
-    layer in fp16, where tokens wait until it is full.
+    A quantized cache is made of whole blocks of `KV_BLOCK` tokens, scales and zero points included, and a layer's 128 latest
+    tokens in fp16, where a block waits until it is certain. `trapetum.kv_cache` allocates exactly this.
 
     Args:
         shape: the model.
@@ -21,9 +23,9 @@ def cache_bytes(shape: ModelShape, context: int, kv: str = "fp16") -> int:
         ValueError: `kv` is unknown.
     """
     if require_kv(kv) == 16:
-        return shape.kv_bytes(context)
+        return shape.kv_bytes(-(-context // _TILE) * _TILE)
     blocks = -(-context // KV_BLOCK)
-    return shape.layers * blocks * shape.kv_block_bytes(kv) + shape.kv_bytes(KV_BLOCK)
+    return shape.layers * blocks * shape.kv_block_bytes(kv) + shape.kv_bytes(_RING)
 
 
 def _linear_bytes(shape: ModelShape, fmt: str) -> int:

@@ -5,7 +5,7 @@ the keys and values of the context so far. `ModelShape.bytes_per_token` counts t
 activations (in cache) are left out, biases (under 0.1 %) with them.
 
 A quantized cache (`KV_FORMATS`) is laid out in blocks of 64 tokens: keys share a scale and a zero point per channel and
-block, values per token and key head; the tokens behind the last whole block wait in fp16.
+block, values per token and key head; the latest 1 to 64 tokens are still read in fp16.
 """
 
 from dataclasses import dataclass
@@ -196,13 +196,13 @@ class ModelShape:
 
         Args:
             context: tokens.
-            bytes_per_value: width of a value that is not quantized (the tokens behind the last whole block too).
+            bytes_per_value: width of a value that is not quantized (the latest tokens of a quantized cache too).
             kv: a key of `KV_FORMATS`.
 
         Raises:
             ValueError: `kv` is unknown.
         """
-        blocks = context // KV_BLOCK if require_kv(kv) < 16 else 0
+        blocks = max(0, context - 1) // KV_BLOCK if require_kv(kv) < 16 else 0
         quantized = self.layers * blocks * self.kv_block_bytes(kv) if blocks else 0
         rest = context - blocks * KV_BLOCK
         return quantized + 2 * self.layers * self.kv_heads * self.head_dim * rest * bytes_per_value
