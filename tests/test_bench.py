@@ -215,7 +215,7 @@ def test_decode_bytes_are_weights_and_cache():
     norms = (2 * shape.layers + 1) * shape.hidden
     assert variant.token_weight_bytes == 4 * (shape.linear_weights + shape.lm_head_weights + norms)
     assert variant.token_bytes(10) - variant.token_weight_bytes == shape.kv_bytes(10, 4)
-    assert variant.token_bytes(640, "int8") - variant.token_weight_bytes == shape.kv_bytes(640, kv="int8")
+    assert variant.token_bytes(640, "int8") - variant.token_weight_bytes == shape.kv_bytes(640, 4, "int8")
     everything = 4 * shape.embedding_weights + variant.token_weight_bytes
     assert variant.estimate_bytes(10) == everything + shape.kv_bytes(10, 4)
     assert (variant.kv_name(), variant.kv_name("int4")) == ("fp32", "int4")
@@ -370,9 +370,9 @@ def test_idle_is_measured_for_each_run_with_the_weights_resident(monkeypatch):
             return super().measure(fn, 0.05, idle_w)
 
     class Watched(generating.Run):
-        def settle(self):
+        def settle(self, *args):
             events.append((self.variant.method, self.stage))
-            super().settle()
+            super().settle(*args)
 
     monkeypatch.setattr(generating, "EnergyMeter", Meter)
     monkeypatch.setattr(generating, "Run", Watched)

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
+import torch
 
 from trapetum import bench, records, waterfall
 from trapetum.decode import stages
@@ -158,3 +159,28 @@ def test_without_casts_only_the_casts_go():
     assert engine.generate([1, 2], 3).tokens == tokens
     assert seen == [True] * 3 + [False] * 3 + [True] * 3
     assert kinds == [True] * 3  # the cache is always the one that the casts' stage has
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_gpu_is_taken_apart():
+    rows = bench.breakdown("builtin", "cuda", profile="smoke", methods=("fp16", "codebook"), new_tokens=128)
+    assert not [r for r in rows if r.quantity == "call_accepted"]
+    assert {r.config["chain"] for r in rows if r.quantity == "launch_time"} == {"alone", "pdl"}
+    taken_apart = waterfall.runs(rows)
+    assert [r.token.config["stage"] for r in taken_apart] == [*stages("cuda"), *stages("cuda")]
+    for run in taken_apart:
+        run.checked(1e-9)
+    graphs = [r for r in taken_apart if r.token.config["stage"] not in breaking.TREES]
+    assert all(run.of("launches") > 0 and run.of("attention and cache") > 0 for run in graphs)
+    assert [s.label for s in waterfall.compare(taken_apart[0], taken_apart[-1])]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_parts_explain_the_decode_of_a_graph():
+    model = dict(model_name="random:llama-0.9b", device="cuda", stages=["graph"], methods=("codebook",))
+    (speed, *_) = bench.decode(**model, profile="smoke", new_tokens=256)
+    run = waterfall.find(bench.breakdown(**model, profile="smoke", new_tokens=256), "codebook", stage="graph")
+    assert run.token.config["context"] == speed.config["context"]
+    assert sum(p.us for p in run.parts) == pytest.approx(1e6 / speed.value, rel=0.03)

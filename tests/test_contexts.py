@@ -1,6 +1,7 @@
 """Speed and memory against the context: what is measured, and what is refused with its reason."""
 
 import pytest
+import torch
 
 from trapetum import bench, timing
 from trapetum.bench import contexts
@@ -51,3 +52,20 @@ def test_a_checkpoint_keeps_its_own_limit():
 def test_too_short_a_context_is_refused():
     with pytest.raises(ValueError, match="32 tokens has no room for the 32 timed steps"):
         bench.context(TINY, "cpu", profile="smoke", contexts=(32,))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_quantized_caches_on_a_gpu_take_less_memory():
+    rows = bench.context(
+        "random:llama-0.9b", "cuda", profile="smoke", contexts=(1024, 16384), methods=["codebook"]
+    )
+    assert not [r for r in rows if r.quantity == "call_accepted"]
+    speeds = [r for r in rows if r.quantity == "context_speed"]
+    assert {(r.config["kv"], r.config["context"]) for r in speeds} == {
+        (kv, length) for kv in contexts.KV for length in (1024, 16384)
+    }
+    held = {(r.config["kv"], r.config["context"]): r for r in rows if r.quantity == "decode_memory"}
+    assert held["int4", 16384].value < held["int8", 16384].value < held["fp16", 16384].value
+    for r in held.values():  # the estimate knows neither the allocator's rounding nor scratch
+        assert r.value == pytest.approx(r.config["estimate_gb"], rel=0.15)

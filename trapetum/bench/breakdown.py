@@ -27,7 +27,7 @@ from trapetum.bench.launches import add_launch_time, kernels_a_token
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
 from trapetum.bench.variants import Variant, default_methods, variants
-from trapetum.decode import DecodeError, Engine
+from trapetum.decode import Engine
 from trapetum.decode import stages as stages_of
 from trapetum.records import Record
 
@@ -90,7 +90,7 @@ def breakdown(
 def _one(recorder: Recorder, variant: Variant, stage: str, new_tokens: int | None, options: dict) -> None:
     try:
         run = Run(recorder, variant, stage, new_tokens, options)
-        run.settle()
+        run.settle(rehearse=False)
         context, clock = _clock(run)
         times = step_times(_cases(run, stage), clock, recorder.sizes.rounds, recorder.sizes.token_budget_s)
     except NOT_POSSIBLE as error:
@@ -117,31 +117,29 @@ def _one(recorder: Recorder, variant: Variant, stage: str, new_tokens: int | Non
 
 
 def _clock(run: Run) -> tuple[float, Clock]:
-    """The mean context and a function that times a few steps there; a stage that cannot pretend generates instead."""
+    """The mean context and a function that times a few steps there; a tree cannot pretend, so it generates."""
     steps = min(run.tokens, WINDOW)
     start = max(1, round(run.context - steps / 2))
-    try:
-        run.engine.step_times(start, steps)
-    except DecodeError:
-        prompt = random_prompt(run.variant, start)
+    prompt, engine = random_prompt(run.variant, start), run.engine
 
-        def clock() -> float:
-            times = run.engine.generate(prompt, steps + 1).token_s
-            return sum(times) / len(times)
-    else:
+    def generated() -> float:
+        times = engine.generate(prompt, steps + 1).token_s
+        return sum(times) / len(times)
 
-        def clock() -> float:
-            return sum(run.engine.step_times(start, steps)) / steps
-
-    def settled() -> float:
+    def pretended() -> float:
         if (
             run.device == "cuda"
         ):  # the graphs of a new case are captured, and its libraries set up, before the clock runs
-            clock()
+            engine.step_times(start, steps)
+        return sum(engine.step_times(start, steps)) / steps
+
+    clock = generated if run.stage in TREES else pretended
+
+    def threaded() -> float:
         with timing.using_threads(run.threads):
             return clock()
 
-    return start + steps / 2, settled
+    return start + steps / 2, threaded
 
 
 Cases = Mapping[

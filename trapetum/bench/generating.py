@@ -127,15 +127,17 @@ class Run:
         with timing.using_threads(threads):
             return min(self.engine.generate(self.prompt[:1], WARM_UP_TOKENS).token_s)
 
-    def settle(self) -> None:
-        """Warm up, choose the number of threads, and how many tokens the budget allows."""
+    def settle(self, rehearse: bool = True) -> None:
+        """Warm up, choose the number of threads, and how many tokens the budget allows.
+
+        Args:
+            rehearse: on a GPU also make one whole untimed run, since a growing cache asks for new sizes at every length.
+        """
         counts = timing.thread_choices() if self.device == "cpu" else [None]
         token_s = {threads: self._warm_up(threads) for threads in counts}
         self.threads = timing.pick_threads(token_s) if self.device == "cpu" else None
         self.tokens = _affordable(self._wanted, self._sizes.token_budget_s / max(token_s[self.threads], 1e-9))
-        if (
-            self.device == "cuda"
-        ):  # a growing cache asks for new sizes at every length: once before the clock runs
+        if rehearse and self.device == "cuda":
             self.engine.generate(self.prompt, self.tokens + 1)
 
     def once(self) -> Generation:
