@@ -285,6 +285,7 @@ def test_bridge_leads_from_one_token_to_the_other():
     assert list(bars.y) == [4500, -3000, -200, -20, 1280]
     assert list(bars.base) == [0, 4500, 1500, 1300, 0]
     assert figure.layout.shapes[0].y0 == 1000 and "3.52 times faster" in words(figure)
+    assert figure.layout.title.text == "Where did my 4x go?"
     assert "hatched: derived" in words(figure) and "ideal 1,000 us" in words(figure)
 
 

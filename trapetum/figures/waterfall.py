@@ -51,21 +51,25 @@ def waterfall(
     return _finish(figure)
 
 
-def bridge(first: Run | None, second: Run | None, title: str = "Where did my 4x go?") -> go.Figure:
+def bridge(first: Run | None, second: Run | None, title: str = "") -> go.Figure:
     """From one token to another: what each part adds or saves, with the second's ideal line.
 
     Args:
         first, second: two runs that close; None where there is no measurement.
-        title: above the figure.
+        title: above the figure; "" asks where the factor of the bytes went, e.g. `Where did my 4x go?`
 
     Raises:
         WaterfallError: the parts of a run do not add up to its token.
     """
     if first is None or second is None:
-        return nothing(title, "It takes two tokens taken apart: `trapetum bench breakdown` makes them.")
+        return nothing(
+            title or "From one token to another",
+            "It takes two tokens taken apart: `trapetum bench breakdown` makes them.",
+        )
     gain, fewer = digits(first.us / second.us), digits(first.ideal_us / second.ideal_us)
     ideal = f"<span style='color:{ROOF_COLOUR}'>ideal {digits(second.ideal_us)} us: bytes alone</span>"
     ratio = f"{gain} times faster, with {fewer} times fewer bytes of weights · {ideal}"
+    title = title or f"Where did my {first.ideal_us / second.ideal_us:.0f}x go?"
     figure = new_figure(title, f"{_subtitle([first, second])}<br>{ratio}", height=540)
     figure.add_trace(_steps(compare(first, second)))
     figure.add_hline(y=second.ideal_us, line=_IDEAL_LINE)
