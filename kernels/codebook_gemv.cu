@@ -2,6 +2,11 @@
 //
 //     y[r, o] = sum_i codebook[o, index[o, i]] * x[r, i] + bias[o] + residual[r, o]
 //
+// and for a decode step, where a kernel of its own for them would cost more than they do:
+//     NORM      x is first normalised: x[r, i] * rstd[r] * norm[i], rstd = (mean of the squares of row r + eps)^-1/2
+//     GATED     rows of W are gates, then as many ups, and y[r, o] = silu(gate[r, o]) * up[r, o], half as many
+// Both round where transformers' modules round: x * rstd, times norm; gate, up, silu(gate), the product.
+//
 // Compiled once for each set of macros:
 //     BITS      8, 4, 3 or 2: bits of a stored index
 //     XTYPE     0 fp16, 1 bf16, 2 fp32: dtype of x, bias, residual and y
@@ -11,6 +16,10 @@
 //     WARPS     warps a block
 //     AHEAD     steps that a warp has in flight
 //     BLOCKS    blocks that are to fit a multiprocessor; bounds the registers
+//     NORM      1: x is normalised (fp16 and bf16; in_features a multiple of 8, x and norm at multiples of 16 bytes)
+//     GATED     1: gated (CHANNELS 64: the block's second tile is the up of its first; out_features a multiple of 64)
+//     LATE      1: the next kernel may start only once the one before this has finished, so what that one wrote is there from
+//               the next one's first instruction on
 //
 // Packed indices. A tile is 32 output channels (one a lane); a lane's 16-byte load holds consecutive inputs of its
 // channel and a warp's load is one contiguous 512 bytes:
@@ -41,8 +50,8 @@
 //     D[g][n]       the sum of lane 4g + n mod 4 over these 4 inputs
 //
 // Rows g + 8 of A and columns 4 to 7 are a second stream. CHANNELS 64: rows g + 8 are a second channel of the lane, columns 4
-// to 7 a second row of x. CHANNELS 32: both are the second half of the lane's inputs, and only the two blocks of D on the diagonal
-// are used. An MMA does the work of 4 HFMA2 and 8 conversions a row, sums in fp32, and serves two rows at the price of one.
+// to 7 a second row of x. CHANNELS 32: both are every second word of the lane's inputs, and only the two blocks of D on the
+// diagonal are used. An MMA does the work of 4 HFMA2 and 8 conversions a row, sums in fp32, and serves two rows at the price of one.
 //
 // bf16 and fp32 activations are scaled by a power of two so that the largest of a row lies in [1, 2) before they become
 // fp16, and the scale is undone at the end; fp32 is the sum of two such planes, which are two rows here.
@@ -77,6 +86,15 @@
 #ifndef BLOCKS
 #define BLOCKS 1
 #endif
+#ifndef NORM
+#define NORM 0
+#endif
+#ifndef GATED
+#define GATED 0
+#endif
+#ifndef LATE
+#define LATE 0
+#endif
 
 #if XTYPE == 0
 typedef __half xtype;
@@ -104,7 +122,12 @@ constexpr int PLANES = XTYPE == 2 ? 2 : 1;
 constexpr int STAGED = ROWS * PLANES;                             // rows of fp16 in shared memory
 constexpr int GROUPS = TILES == 2 ? (STAGED + 1) / 2 : STAGED;    // MMAs for the same A
 constexpr int CHAINS = GROUPS == 1 ? 2 : 1;                        // sums an MMA alternates between, for it waits for its own
-constexpr unsigned TABLE_AT = 2048;                               // shared address of the table, beyond what the system reserves
+constexpr unsigned TABLE_AT = 1024;                               // shared address of the table, beyond what the system reserves
+constexpr int PITCH_PAD = STAGED > 1 ? 32 : 0;                    // halves between staged rows, so that they start in other banks
+constexpr int NORM_AHEAD = WARPS <= 8 ? 2 : 1;                    // vectors of norm that a thread fetches early: of 4096 inputs all
+constexpr int OUTPUTS = GATED ? LANES : CHANNELS;                 // of a block and row
+static_assert(!GATED || TILES == 2, "a gated block holds a tile of gates and its tile of ups");
+static_assert(!NORM || XTYPE != 2, "only 16-bit x is normalised");
 constexpr unsigned X_AT = TABLE_AT + TABLE_BYTES;
 constexpr float LOW_PLANE = 1.f / 2048;                           // the second plane of fp32 holds what the first lost, times 2048
 
@@ -207,9 +230,14 @@ struct Entries {
 
 __device__ __forceinline__ __half entry_or_zero(const __half* own, int e, int n_codes) { return e < n_codes ? own[e] : __half(0.f); }
 
-__device__ __forceinline__ void fetch(Entries& entries, const __half* __restrict__ codebook, int tile, int out_features, int n_codes, int warp,
+// The channel that lane 0 of the block's tile `t` holds.
+__device__ __forceinline__ int first_channel(int block, int t, int out_features) {
+    return GATED ? block * LANES + t * (out_features / 2) : (block * TILES + t) * LANES;
+}
+
+__device__ __forceinline__ void fetch(Entries& entries, const __half* __restrict__ codebook, int block, int out_features, int n_codes, int warp,
                                       int lane) {
-    const int channel = min((tile * TILES + warp % TILES) * LANES + lane, out_features - 1);
+    const int channel = min(first_channel(block, warp % TILES, out_features) + lane, out_features - 1);
     const __half* own = codebook + (size_t)channel * n_codes;
     const bool wide = n_codes % 8 == 0 && (reinterpret_cast<size_t>(codebook) & 15) == 0;
 #if BITS == 8
@@ -281,6 +309,86 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+__device__ __forceinline__ float round_to_x(float v) {
+    xtype rounded;
+    from_float(v, &rounded);
+    return to_float(rounded);
+}
+
+// Eight 16-bit values in a vector, one by one.
+union Eight {
+    uint4 all;
+    xtype x[8];
+    __half half[8];
+};
+
+// Stage inputs [first, first + count) of one row as they are, zero from in_features on. The copies may still be under way.
+__device__ __forceinline__ void stage_raw(const xtype* __restrict__ x, int in_features, int first, int count, __half* staged, int thread) {
+    for (int i = 8 * thread; i < count; i += 8 * THREADS) {
+        if (first + i < in_features) copy_ahead(staged + i, x + first + i);
+        else *reinterpret_cast<uint4*>(staged + i) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+__device__ __forceinline__ float squares(const Eight& eight) {
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < 8; k++) sum += to_float(eight.x[k]) * to_float(eight.x[k]);
+    return sum;
+}
+
+// This thread's part of the sum of squares of a row: of what it staged itself, or from memory where not all of x is staged.
+__device__ __forceinline__ float own_squares(const __half* staged, const xtype* __restrict__ x, int in_features, int count, int thread) {
+    const bool whole = count >= in_features;
+    float sum = 0.f;
+    for (int i = 8 * thread; i < in_features; i += 8 * THREADS) {
+        Eight eight;
+        eight.all = whole ? *reinterpret_cast<const uint4*>(staged + i) : __ldcg(reinterpret_cast<const uint4*>(x + i));
+        sum += squares(eight);
+    }
+    return sum;
+}
+
+// rstd [ROWS] from each thread's sums of squares. All threads call; `scratch` holds ROWS * WARPS floats.
+__device__ __forceinline__ void reciprocal_roots(float rstd[ROWS], float eps, int in_features, float* scratch, int warp, int lane) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+        for (int step = 16; step; step /= 2) rstd[r] += __shfl_xor_sync(~0u, rstd[r], step);
+        if (lane == 0) scratch[r * WARPS + warp] = rstd[r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += scratch[r * WARPS + w];
+        rstd[r] = rsqrtf(sum / in_features + eps);
+    }
+}
+
+__device__ __forceinline__ void normalise_eight(__half* staged, const Eight& weight, float rstd) {
+    Eight eight;
+    eight.all = *reinterpret_cast<const uint4*>(staged);
+#pragma unroll
+    for (int k = 0; k < 8; k++) eight.half[k] = __float2half_rn(round_to_x(round_to_x(to_float(eight.x[k]) * rstd) * to_float(weight.x[k])));
+    *reinterpret_cast<uint4*>(staged) = eight.all;
+}
+
+// Normalise what this thread staged itself; `ahead` are its first vectors of `norm`, fetched early.
+__device__ __forceinline__ void normalise(__half* staged, const xtype* __restrict__ norm, const Eight ahead[NORM_AHEAD], float rstd, int in_features,
+                                          int first, int count, int thread) {
+    int i = 8 * thread;
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; k++, i += 8 * THREADS)
+        if (first == 0 && i < min(count, in_features)) normalise_eight(staged + i, ahead[k], rstd);
+    for (i = first ? 8 * thread : i; i < count && first + i < in_features; i += 8 * THREADS) {
+        Eight weight;
+        weight.all = *reinterpret_cast<const uint4*>(norm + first + i);
+        normalise_eight(staged + i, weight, rstd);
+    }
+}
+
 // Stage inputs [first, first + count) of one row as fp16, zero from in_features on; fp32 as two planes `plane` halves apart.
 // The copies may still be under way: `wait_for_copies`.
 __device__ __forceinline__ void stage_row(const xtype* __restrict__ x, int in_features, int first, int count, __half* staged, int plane,
@@ -305,8 +413,8 @@ __device__ __forceinline__ void stage_row(const xtype* __restrict__ x, int in_fe
 #endif
 }
 
-// Leave a warp's sums in shared memory: partial [WARPS][STAGED][CHANNELS].
-__device__ __forceinline__ void leave_sums(const float sums[GROUPS][CHAINS][4], float* partial, int warp, int lane) {
+// Leave a warp's sums in shared memory, their rows' scale undone: partial [WARPS][STAGED][CHANNELS].
+__device__ __forceinline__ void leave_sums(const float sums[GROUPS][CHAINS][4], const int exponents[ROWS], float* partial, int warp, int lane) {
     const int first = 4 * (lane >> 2) + 2 * (lane & 1);  // of two neighbouring channels
     const bool second = lane >> 1 & 1;                   // whether this lane's columns of D are 4 to 7
 #pragma unroll
@@ -314,6 +422,12 @@ __device__ __forceinline__ void leave_sums(const float sums[GROUPS][CHAINS][4], 
         float own[4];
 #pragma unroll
         for (int c = 0; c < 4; c++) own[c] = CHAINS == 2 ? sums[n][0][c] + sums[n][CHAINS - 1][c] : sums[n][0][c];
+        if (XTYPE != 0) {
+            const int row = TILES == 2 ? 2 * n / PLANES : n / PLANES;
+            const int exponent = TILES == 2 && PLANES == 1 && second && row + 1 < ROWS ? exponents[min(row + 1, ROWS - 1)] : exponents[row];
+#pragma unroll
+            for (int c = 0; c < 4; c++) own[c] = ldexpf(own[c], exponent);
+        }
         if (TILES == 2) {
             const int row = 2 * n + second;
             if (row < STAGED)
@@ -345,25 +459,31 @@ __device__ __forceinline__ float sum_of_warps(const float* partial, int row, int
 
 // codes     [out/32][steps][VECTORS][32] of 16 bytes, as pictured above
 // codebook  fp16 [out_features, n_codes]
-// x         [ROWS, in_features]; bias [out_features] or null; residual [ROWS, out_features] or null; y [ROWS, out_features]
+// x         [ROWS, in_features]; bias [out_features] or null; residual like y or null; y [ROWS, out_features], GATED half as wide
+// norm      [in_features], and eps: NORM only
 // rounds    turns that all warps take through the inputs: ceil(steps / (WARPS * AHEAD)); panel: those whose x is in shared memory at once
 // grid      ceil(out_features / CHANNELS) blocks of (32, WARPS) threads
-// shared    TABLE_AT + TABLE_BYTES + STAGED * (2 * STEP * ROUND * panel + 64) + 4 * WARPS * STAGED * CHANNELS + 4 * ROWS
+// shared    TABLE_AT + TABLE_BYTES + STAGED * (2 * STEP * ROUND * panel + 2 * PITCH_PAD) + 4 * WARPS * STAGED * CHANNELS
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebook, const xtype* __restrict__ x,
               const xtype* __restrict__ bias, const xtype* __restrict__ residual, xtype* __restrict__ y, int in_features,
-              int out_features, int steps, int n_codes, int rounds, int panel) {
+              int out_features, int steps, int n_codes, int rounds, int panel, const xtype* __restrict__ norm, float eps) {
     extern __shared__ __align__(16) char dynamic_shared[];
     const unsigned start = (unsigned)__cvta_generic_to_shared(dynamic_shared);
     if (start > TABLE_AT) __trap();
     char* const table = dynamic_shared + (TABLE_AT - start);
-    const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * LANES + lane, tile = blockIdx.x;
-    allow_next_kernel();
+    const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * LANES + lane, block = blockIdx.x;
+    if (!LATE) allow_next_kernel();
+    Eight norm_ahead[NORM_AHEAD] = {};  // before the weights, or it would come after them
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; k++)
+        if (NORM && 8 * (thread + k * THREADS) < in_features) norm_ahead[k].all = load_once(reinterpret_cast<const uint4*>(norm) + thread + k * THREADS);
     Entries entries;
-    fetch(entries, codebook, tile, out_features, n_codes, warp, lane);
+    fetch(entries, codebook, block, out_features, n_codes, warp, lane);
     constexpr int STEP_VECTORS = VECTORS * LANES;
-    const size_t to_other = TILES == 2 && (2 * tile + 1) * LANES < out_features ? (size_t)steps * STEP_VECTORS : 0;
-    const uint4* next = codes + (size_t)tile * TILES * steps * STEP_VECTORS + warp * STEP_VECTORS + lane;
+    const int tile = first_channel(block, 0, out_features) / LANES, other = first_channel(block, 1, out_features) / LANES;
+    const size_t to_other = TILES == 2 && other * LANES < out_features ? (size_t)(other - tile) * steps * STEP_VECTORS : 0;
+    const uint4* next = codes + (size_t)tile * steps * STEP_VECTORS + warp * STEP_VECTORS + lane;
     int left = steps - warp;  // steps from `next` to the end of the tile
     uint4 ahead[AHEAD][TILES][VECTORS];
     const auto load = [&](int k) {
@@ -377,26 +497,40 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
     for (int k = 0; k < AHEAD; k++) load(k);
 
     __half* const staged = reinterpret_cast<__half*>(table + TABLE_BYTES);
-    const int pitch = panel * ROUND * STEP + 32;  // halves from one staged row to the next: 64 bytes more, for other banks
+    const int pitch = panel * ROUND * STEP + PITCH_PAD;  // halves from one staged row to the next
     float* const partial = reinterpret_cast<float*>(staged + STAGED * pitch);
     wait_for_previous_kernel();
-    int* const exponents = reinterpret_cast<int*>(partial + WARPS * STAGED * CHANNELS);  // [ROWS]; of fp16 none
-    if (XTYPE != 0)
-        for (int r = 0; r < ROWS; r++) {
-            const int exponent = exponent_of(x + (size_t)r * in_features, in_features, partial, warp, lane);
-            if (thread == 0) exponents[r] = exponent;
+    if (LATE) allow_next_kernel();
+    constexpr bool SCALED = XTYPE != 0 && !NORM;  // normalised values need no exponent
+    int exponents[ROWS] = {};
+    if (SCALED)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) exponents[r] = exponent_of(x + (size_t)r * in_features, in_features, partial, warp, lane);
+    float rstd[ROWS];
+    const auto normalise_rows = [&](int first, int count) {
+        wait_for_copies();  // a thread touches only what it copied itself, so it need not wait for the others
+        if (first == 0) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) rstd[r] = own_squares(staged + r * pitch, x + (size_t)r * in_features, in_features, count, thread);
+            reciprocal_roots(rstd, eps, in_features, partial, warp, lane);
         }
-    if (XTYPE != 0) __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) normalise(staged + r * pitch, norm, norm_ahead, rstd[r], in_features, first, count, thread);
+    };
     const auto stage = [&](int from_round) {
         const int first = from_round * ROUND * STEP, count = min(panel, rounds - from_round) * ROUND * STEP;
-#pragma unroll 1
-        for (int r = 0; r < ROWS; r++)
-            stage_row(x + (size_t)r * in_features, in_features, first, count, staged + r * PLANES * pitch, pitch, XTYPE == 0 ? 0 : exponents[r], thread);
+#pragma unroll(SCALED ? ROWS : 1)
+        for (int r = 0; r < ROWS; r++) {
+            const xtype* const row = x + (size_t)r * in_features;
+            if (NORM) stage_raw(row, in_features, first, count, staged + r * pitch, thread);
+            else stage_row(row, in_features, first, count, staged + r * PLANES * pitch, pitch, exponents[r], thread);
+        }
+        if (from_round == 0) store(entries, table, warp, lane);  // while the copies are under way
+        if (NORM) normalise_rows(first, count);
+        wait_for_copies();
+        __syncthreads();
     };
     stage(0);
-    store(entries, table, warp, lane);
-    wait_for_copies();
-    __syncthreads();
 
     const int second = lane >> 4;                               // whether this lane's columns of B are 4 to 7
     const bool diagonal = (lane >> 2 & 3) == (lane & 3);
@@ -433,8 +567,6 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
             in_panel = 0;
             __syncthreads();
             stage(round);
-            wait_for_copies();
-            __syncthreads();
             to_panel_start();
         }
         const int here = left;
@@ -452,16 +584,23 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
         for (int n = 0; n < GROUPS; n++) x_at[n] += 2 * STEP * ROUND;
     }
 
-    leave_sums(sums, partial, warp, lane);
+    leave_sums(sums, exponents, partial, warp, lane);
     __syncthreads();
-    for (int at = thread; at < ROWS * CHANNELS; at += THREADS) {
-        const int row = at / CHANNELS, channel = tile * CHANNELS + at % CHANNELS;
-        if (channel >= out_features) continue;
-        float total = sum_of_warps(partial, row, at % CHANNELS);
-        if (XTYPE != 0) total = ldexpf(total, exponents[row]);
-        if (bias) total += to_float(bias[channel]);
-        const size_t place = (size_t)row * out_features + channel;
-        if (residual) total += to_float(__ldcg(residual + place));
-        from_float(total, y + place);
+    const auto finished = [&](int row, int at, int channel) {
+        float total = sum_of_warps(partial, row, at);
+        return bias ? total + to_float(bias[channel]) : total;
+    };
+    for (int at = thread; at < ROWS * OUTPUTS; at += THREADS) {
+        const int row = at / OUTPUTS, place = at % OUTPUTS, channel = block * OUTPUTS + place;
+        const int outputs = GATED ? out_features / 2 : out_features;
+        if (channel >= outputs) continue;
+        float total = finished(row, place, channel);
+        if (GATED) {
+            const float gate = round_to_x(total), up = round_to_x(finished(row, LANES + place, outputs + channel));
+            total = round_to_x(gate / (1.f + __expf(-gate))) * up;
+        }
+        const size_t at_y = (size_t)row * outputs + channel;
+        if (residual) total += to_float(__ldcg(residual + at_y));
+        from_float(total, y + at_y);
     }
 }

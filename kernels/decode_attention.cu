@@ -10,6 +10,7 @@
 //     GROUP     query heads that share a key head
 //     ROWS      tokens of this step, at positions position .. position + ROWS - 1; GROUP * ROWS <= 16
 //     WARPS     warps a block
+//     UNITS     units (see below) that a warp should have before another block joins in
 //
 // Work. A block is (split, key head). The positions of a key head are cut into units, and unit u goes to warp u mod (splits *
 // WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. Warps meet in shared
@@ -19,7 +20,8 @@
 // Tensor cores, without moving an element between lanes. In mma.m16n8k16 (lane = 4 g + t) the rows of A are the queries. B, the
 // keys of 8 positions, wants in lane (g, t) four inner indices of position g; as the sum does not mind their order, these are consecutive
 // dimensions, and a 16-byte load is two steps' worth. D holds in lane (g, t) the scores of query g at two positions, which is
-// just where A of the second product wants the weights, and the values' B wants consecutive positions of one dimension. So:
+// just where B of the second product wants the weights: there the rows of A are dimensions, whose A wants consecutive positions
+// of a dimension, and D holds dimensions by queries. So:
 //
 //     keys    [kv_head][position][dimension]
 //             lane (g, t), 32 dimensions j: dimensions 32 j + 8 t .. + 7 of positions 4 (g / 2) + g % 2 and + 2 of a tile of 16
@@ -60,6 +62,9 @@
 #endif
 #ifndef WARPS
 #define WARPS 4
+#endif
+#ifndef UNITS
+#define UNITS 1
 #endif
 
 #if XTYPE == 0
@@ -187,34 +192,51 @@ __device__ __forceinline__ void key_pairs(const unsigned* words, int j, int s, u
     else b0 = two_nibbles(words[j], 2 * s), b1 = two_nibbles(words[j], 2 * s + 1);
 }
 
-// B of dimension 16 i + 2 g + b.
+// Dimension 16 i + 2 g + b at positions 0, 1 and 2, 3 of this lane's four.
 template <int BITS>
-__device__ __forceinline__ void value_pairs(const unsigned* words, int i, int b, unsigned& b0, unsigned& b1) {
-    if (BITS == 16) b0 = words[4 * i + 2 * b], b1 = words[4 * i + 2 * b + 1];
-    else if (BITS == 8) b0 = two_bytes(words[2 * i + b], 0), b1 = two_bytes(words[2 * i + b], 1);
-    else b0 = two_nibbles(words[i], 2 * b), b1 = two_nibbles(words[i], 2 * b + 1);
+__device__ __forceinline__ void value_pairs(const unsigned* words, int i, int b, unsigned& a0, unsigned& a1) {
+    if (BITS == 16) a0 = words[4 * i + 2 * b], a1 = words[4 * i + 2 * b + 1];
+    else if (BITS == 8) a0 = two_bytes(words[2 * i + b], 0), a1 = two_bytes(words[2 * i + b], 1);
+    else a0 = two_nibbles(words[i], 2 * b), a1 = two_nibbles(words[i], 2 * b + 1);
 }
 
-// Rope, rounded where transformers rounds; `sin` is negative in the first half.
-__device__ __forceinline__ uint4 turn(const xtype* head, const xtype* cos, const xtype* sin, int first) {
-    Eight own, partner, c, s;
-    own.all = __ldcg(reinterpret_cast<const uint4*>(head + first));
-    partner.all = __ldcg(reinterpret_cast<const uint4*>(head + (first < HEAD_DIM / 2 ? first + HEAD_DIM / 2 : first - HEAD_DIM / 2)));
-    c.all = *reinterpret_cast<const uint4*>(cos + first);
-    s.all = *reinterpret_cast<const uint4*>(sin + first);
+// Cosines and sines of this lane's dimensions at one position; the sine is negative in the first half.
+struct Angles {
+    Eight cos[CHUNKS], sin[CHUNKS];
+    __device__ __forceinline__ void load(const xtype* cosines, const xtype* sines, int position, int t) {
+        const size_t at = (size_t)position * HEAD_DIM + 8 * t;
 #pragma unroll
-    for (int k = 0; k < 8; k++)
-        from_float(round_to_x(to_float(own.x[k]) * to_float(c.x[k])) + round_to_x(to_float(partner.x[k]) * to_float(s.x[k])), &own.x[k]);
-    return own.all;
+        for (int j = 0; j < CHUNKS; j++) load_words<4>(cos[j].word, cosines + at + 32 * j), load_words<4>(sin[j].word, sines + at + 32 * j);
+    }
+};
+
+// This lane's dimensions of a head after rope, rounded where transformers rounds.
+__device__ __forceinline__ void turn(const xtype* head, const Angles& angles, int t, unsigned words[4 * CHUNKS]) {
+    Eight own[CHUNKS], partner[CHUNKS];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) {
+        const int first = 32 * j + 8 * t;
+        own[j].all = __ldcg(reinterpret_cast<const uint4*>(head + first));
+        partner[j].all = __ldcg(reinterpret_cast<const uint4*>(head + (first < HEAD_DIM / 2 ? first + HEAD_DIM / 2 : first - HEAD_DIM / 2)));
+    }
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) {
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            from_float(round_to_x(to_float(own[j].x[k]) * to_float(angles.cos[j].x[k])) +
+                           round_to_x(to_float(partner[j].x[k]) * to_float(angles.sin[j].x[k])), &own[j].x[k]);
+#pragma unroll
+        for (int w = 0; w < 4; w++) words[4 * j + w] = own[j].word[w];
+    }
 }
 
 struct Queries {
     unsigned word[HALVES][4 * CHUNKS];  // of slots g and g + 8: 8 dimensions of each chunk
 };
 
-// The running softmax of a warp: slots g and g + 8.
+// The running softmax of a warp. Sums are of slots 8 h + 2 t + c, all else of slots g + 8 h.
 struct Running {
-    float sums[2 * PAIRS][4] = {};          // [dimension 16 i + 2 g' + b][slot half: columns 2 t, 2 t + 1 as D has them]
+    float sums[HALVES][PAIRS][4] = {};      // [h][i][2 b + c]: dimension 16 i + 2 g + b
     float largest[2] = {NOTHING, NOTHING};  // of the scores, times scale * log2 e
     float weights[2] = {};                  // this lane's part of the sum of weights
     float zeros[2] = {};                    // and of the sum of weight * zero of the values
@@ -254,6 +276,10 @@ __device__ __forceinline__ unsigned to_pair(float a, float b) {
 __device__ __forceinline__ float sum_of_quad(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
+}
+// What slots 2 t and 2 t + 1 have, of a value that lane (g, .) has of slot g.
+__device__ __forceinline__ float2 of_own_slots(float v, int t) {
+    return make_float2(__shfl_sync(~0u, v, 8 * t), __shfl_sync(~0u, v, 8 * t + 4));
 }
 __device__ __forceinline__ float largest_of_quad(float v) {
     v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
@@ -322,13 +348,16 @@ __device__ __forceinline__ void attend(Running& run, const Queries& queries, con
             run.largest[h] = reached[h];
             run.weights[h] *= shrink;
             run.zeros[h] *= shrink;
+            const float2 of_sums = of_own_slots(shrink, t);
 #pragma unroll
-            for (int n = 0; n < 2 * PAIRS; n++) run.sums[n][2 * h] *= shrink, run.sums[n][2 * h + 1] *= shrink;
+            for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+                for (int b = 0; b < 2; b++) run.sums[h][i][2 * b] *= of_sums.x, run.sums[h][i][2 * b + 1] *= of_sums.y;
         }
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        unsigned weight[2][HALVES];  // A: [positions 4 t + 2 n and + 1][slot half]
+        unsigned weight[2][HALVES];  // B: [positions 4 t + 2 n and + 1][slot half]
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
             const float base = run.largest[h] == NOTHING ? 0.f : run.largest[h];
@@ -349,14 +378,14 @@ __device__ __forceinline__ void attend(Running& run, const Queries& queries, con
             }
         }
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++)
+        for (int i = 0; i < PAIRS; i++) {
+            unsigned a[2][2];  // [dimension b][positions 2 n and + 1]
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                unsigned b0, b1;
-                value_pairs<BITS>(unit.value[tile], i, b, b0, b1);
-                multiply_add<AS_HALF>(run.sums[2 * i + b], weight[0][0], BOTH ? weight[0][HALVES - 1] : 0, weight[1][0],
-                                      BOTH ? weight[1][HALVES - 1] : 0, b0, b1);
-            }
+            for (int b = 0; b < 2; b++) value_pairs<BITS>(unit.value[tile], i, b, a[b][0], a[b][1]);
+#pragma unroll
+            for (int h = 0; h < HALVES; h++)
+                multiply_add<AS_HALF>(run.sums[h][i], a[0][0], a[1][0], a[0][1], a[1][1], weight[0][h], weight[1][h]);
+        }
     }
 }
 
@@ -374,30 +403,29 @@ __device__ __forceinline__ void insert_fresh(Unit<16>& unit, const Cache& cache,
     for (int n = 0; n < 2; n++) {
         const int p = from + 4 * (g / 2) + g % 2 + 2 * n, r = p - position;
         if (r < 0 || r >= ROWS || p >= capacity) continue;
+        Angles angles;
+        angles.load(cos, sin, p, t);
+        turn(key + (size_t)r * stride, angles, t, unit.key[0][n]);
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++) {
-            const int first = 32 * j + 8 * t;
-            Eight fresh;
-            fresh.all = turn(key + (size_t)r * stride, cos + (size_t)p * HEAD_DIM, sin + (size_t)p * HEAD_DIM, first);
-            *reinterpret_cast<uint4*>(cache.keys + (size_t)Cache::place(p) * HEAD_DIM + first) = fresh.all;
-#pragma unroll
-            for (int w = 0; w < 4; w++) unit.key[0][n][4 * j + w] = fresh.word[w];
-        }
+        for (int j = 0; j < CHUNKS; j++)
+            *reinterpret_cast<uint4*>(cache.keys + (size_t)Cache::place(p) * HEAD_DIM + 32 * j + 8 * t) = *reinterpret_cast<const uint4*>(unit.key[0][n] + 4 * j);
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const int p = from + 4 * t + e, r = p - position;
         if (r < 0 || r >= ROWS || p >= capacity) continue;
-        xtype* const row = cache.values + (size_t)(Cache::place(p) / 4) * HEAD_DIM * 4 + e;
+        unsigned fresh[PAIRS];  // all are loaded before the first is stored, or each would wait for the one before
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) fresh[i] = __ldcg(reinterpret_cast<const unsigned*>(value + (size_t)r * stride + 16 * i + 2 * g));
+        unsigned short* const row = reinterpret_cast<unsigned short*>(cache.values + (size_t)(Cache::place(p) / 4) * HEAD_DIM * 4 + e);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++)
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                const int d = 16 * i + 2 * g + b;
-                const unsigned short fresh = __ldcg(reinterpret_cast<const unsigned short*>(value) + (size_t)r * stride + d);
-                *reinterpret_cast<unsigned short*>(row + 4 * d) = fresh;
                 unsigned& word = unit.value[0][4 * i + 2 * b + e / 2];
-                word = e % 2 ? (word & 0xffff) | (unsigned)fresh << 16 : (word & 0xffff0000) | fresh;
+                const unsigned one = b ? fresh[i] >> 16 : fresh[i] & 0xffff;
+                word = e % 2 ? (word & 0xffff) | one << 16 : (word & 0xffff0000) | one;
+                row[4 * (16 * i + 2 * g + b)] = one;
             }
     }
 }
@@ -491,16 +519,19 @@ struct Part {
 __device__ __forceinline__ void leave(Part& part, Running& run, int g, int t) {
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        const int slot = g + 8 * h;
         const float weights = sum_of_quad(run.weights[h]), zeros = sum_of_quad(run.zeros[h]);
-        if (slot >= SLOTS) continue;
-        if (t == 0) part.stats[slot][0] = run.largest[h], part.stats[slot][1] = weights;
+        const float2 zero = of_own_slots(zeros, t);
+        if (t == 0 && g + 8 * h < SLOTS) part.stats[g + 8 * h][0] = run.largest[h], part.stats[g + 8 * h][1] = weights;
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++)
+        for (int c = 0; c < 2; c++) {
+            const int slot = 8 * h + 2 * t + c;
+            if (slot >= SLOTS) continue;
 #pragma unroll
-            for (int b = 0; b < 2; b++)
-#pragma unroll
-                for (int c = 0; c < 2; c++) part.sums[slot][16 * i + 2 * (2 * t + c) + b] = run.sums[2 * i + b][2 * h + c] + zeros;
+            for (int i = 0; i < PAIRS; i++) {
+                const float z = c ? zero.y : zero.x;
+                *reinterpret_cast<float2*>(&part.sums[slot][16 * i + 2 * g]) = make_float2(run.sums[h][i][c] + z, run.sums[h][i][2 + c] + z);
+            }
+        }
     }
 }
 
@@ -554,7 +585,7 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
     }
     const int units_coded = coded / Coded::POSITIONS;
     const int units = units_coded + (position + ROWS - coded + TILE - 1) / TILE;
-    const int active = min(splits, (units + WARPS - 1) / WARPS);
+    const int active = min(splits, (units + WARPS * UNITS - 1) / (WARPS * UNITS));
     if (split >= active) {
         wait_for_previous_kernel();
         allow_next_kernel();
@@ -572,6 +603,8 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
 #else
     if (first < units_coded) load_coded(first);
 #endif
+    Angles angles;
+    angles.load(cos, sin, min(position + g % ROWS, context - 1), t);
     wait_for_previous_kernel();
     allow_next_kernel();
 
@@ -579,15 +612,9 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
     Queries queries;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        const int slot = min(g + 8 * h, SLOTS - 1), r = slot % ROWS, p = min(position + r, context - 1);
-        const xtype* const head = qkv + (size_t)r * stride + (kv_head * GROUP + slot / ROWS) * HEAD_DIM;
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++) {
-            Eight turned;
-            turned.all = turn(head, cos + (size_t)p * HEAD_DIM, sin + (size_t)p * HEAD_DIM, 32 * j + 8 * t);
-#pragma unroll
-            for (int w = 0; w < 4; w++) queries.word[h][4 * j + w] = turned.word[w];
-        }
+        const int slot = g + 8 * h, r = slot % ROWS;  // of slots that are none any query will do
+        if (h && ROWS > 1 && 8 % ROWS) angles.load(cos, sin, min(position + r, context - 1), t);
+        turn(qkv + (size_t)r * stride + (kv_head * GROUP + min(slot / ROWS, GROUP - 1)) * HEAD_DIM, angles, t, queries.word[h]);
     }
     const xtype* const key = qkv + (heads + kv_head) * HEAD_DIM;
     const xtype* const value = key + kv_heads * HEAD_DIM;
@@ -613,9 +640,11 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
         attend<BITS>(run, queries, unit, scales, Coded::POSITIONS, scale, g, t);
     }
 #pragma unroll
-    for (int n = 0; n < 2 * PAIRS; n++)
+    for (int h = 0; h < HALVES; h++)
 #pragma unroll
-        for (int c = 0; c < 4; c++) run.sums[n][c] *= 1.f / WEIGHT_SCALE;
+        for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) run.sums[h][i][c] *= 1.f / WEIGHT_SCALE;
     for (; u < units; u += all) {
         Unit<16> plain;
         load_plain(plain, u);

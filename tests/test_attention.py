@@ -136,7 +136,7 @@ def test_kernel_against_float64(case, kind, dtype):
         expected, fresh_keys, fresh_values = reference_attention(qkv, sizes, keys, values, cos, sin, length)
         attention(qkv, cache, position, cos, sin, out)
         error = ((out.double() - expected).norm() / expected.norm()).item()
-        assert error < (8e-3 if dtype == torch.bfloat16 else 1e-3), (step, error)
+        assert error < (8e-3 if dtype == torch.bfloat16 else 2e-3), (step, error)
         read_keys, read_values = cache.read(length + rows, cache.coded(length, rows))
         assert torch.equal(read_keys[:, length:], fresh_keys.float())
         assert torch.equal(read_values[:, length:], fresh_values.float())

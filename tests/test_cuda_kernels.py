@@ -23,7 +23,13 @@ OTHERS = {
     "read_bandwidth.cu": [()],
     "mma_formats.cu": [(f"FORMAT={f}",) for f in (8, 4, 1)],
 }
-ELSEWHERE = {"kmeans.cu", "additive_gemv.cu"}  # compiled by the tests of their own
+ELSEWHERE = {
+    "kmeans.cu",
+    "additive_gemv.cu",
+    "decode_attention.cu",
+    "dense_decode.cu",
+    "next_token.cu",
+}  # compiled by the tests of their own
 
 
 def gemv_variants(arch):

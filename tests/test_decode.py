@@ -206,7 +206,9 @@ def test_the_models_own_limit_bounds_the_context():
 
 
 def test_stages_of_devices():
-    assert stages("cpu") == CPU_STAGES and stages("cuda:0") == ("naive", "cast_free", "graph")
+    assert stages("cpu") == CPU_STAGES and stages("cuda:0") == (
+        *("naive", "cast_free", "graph", "fused", "pdl"),
+    )
     with pytest.raises(DecodeError, match="'graph' on cpu"):
         Engine(tiny(), "graph")
     with pytest.raises(DecodeError, match="cast_free"):
@@ -218,7 +220,7 @@ def test_stages_of_devices():
 def test_without_linears_and_back(stage, bits):
     engine = Engine(tiny(bits=bits), stage)
     before = engine.generate(PROMPT, 10).tokens
-    with engine.without_linears() as floor:
+    with engine.without("linears") as floor:
         assert floor.generate(PROMPT, 5).tokens == [0] * 5
     assert engine.generate(PROMPT, 10).tokens == before
 
@@ -351,7 +353,7 @@ def test_gpu_graph_knows_the_variants(variant):
 def test_gpu_without_linears_and_back(stage):
     engine = Engine(tiny(torch.float16, "cuda", 4), stage)
     before = engine.generate(PROMPT, 10).tokens
-    with engine.without_linears() as floor:
+    with engine.without("linears") as floor:
         assert floor.generate(PROMPT, 5).tokens == [0] * 5
     assert engine.generate(PROMPT, 10).tokens == before
 

@@ -11,12 +11,12 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     formats, gemv_plans, cuda, ladder, cpu, cpu_layout,       codebook weights, kernels, the torch operator
       cpu_threads, cpu_dense, ops, additive, cuda_additive,   over them,
       cuda_dense                                              and dense weights in the same step
-    cuda_token                                                the end of a decode step: token and next input
+    kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
     kmeans, quantizers                                        how the values of a codebook are chosen
     linear, swap, checkpoint, architectures, shards,          models with codebook layers:
       streaming, models, hf, register                         make, save, load
-    projection, tinygemm, llama_step, decoders, decode,       one token after another, stage by stage,
-      export                                                  and as files for a program without Python
+    projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
+      decode, export_plan, export                             and as files for a program without Python
     perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
       trained, builtin                                        model trained on them
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them

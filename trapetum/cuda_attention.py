@@ -69,10 +69,20 @@ class Attention:
         dtype: of activations, fp16 or bf16.
         device: index of the GPU.
         warps: a block.
+        units: pieces of the cache that a warp should have before another block joins in.
         splits: blocks of a key head at most; None fills the device twice.
     """
 
-    def __init__(self, heads: Heads, rows: int, dtype: torch.dtype, device: int, warps: int = 4, splits=None):
+    def __init__(
+        self,
+        heads: Heads,
+        rows: int,
+        dtype: torch.dtype,
+        device: int,
+        warps: int = 4,
+        units: int = 1,
+        splits: int | None = None,
+    ):
         problem = why_not(heads.head_dim, heads.group, rows, dtype, torch.cuda.get_device_capability(device))
         if problem:
             raise ValueError(problem)
@@ -90,6 +100,7 @@ class Attention:
             f"GROUP={heads.group}",
             f"ROWS={rows}",
             f"WARPS={warps}",
+            f"UNITS={units}",
         )
 
     def __call__(

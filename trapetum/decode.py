@@ -3,7 +3,9 @@
     naive      the transformers tree, growing cache, codebook kernel between casts
     cast_free  the tree without casts, static cache (on CUDA)
     graph      CUDA: the own step of `llama_step`, position and argmax included, replayed as one graph
-    lean       CPU: the same own step, run eagerly
+    fused      CUDA: the step of `fused_step`, five kernels a layer, replayed as one graph
+    pdl        CUDA: the same, each kernel overlapping the one before it, several tokens a graph
+    lean       CPU: the step of `llama_step`, run eagerly
 
 Dense and codebook weights go through the same stages, so both get every improvement.
 """
@@ -16,10 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trapetum.decoders import GraphDecoder, LeanDecoder, TreeDecoder
+from trapetum.decoders import FusedDecoder, GraphDecoder, LeanDecoder, TreeDecoder
 from trapetum.models import Loaded
 
-STAGES = ("naive", "cast_free", "graph")
+STAGES = ("naive", "cast_free", "graph", "fused", "pdl")
+FUSED_STAGES = ("fused", "pdl")
+TOKENS_A_GRAPH = 8  # at the stage pdl
 _CPU_STAGES = ("naive", "cast_free", "lean")
 
 
@@ -62,12 +66,16 @@ class Engine:
     Attributes:
         stage: one of `stages(device)`.
         max_context: tokens of prompt and answer together; never more than the model's own limit.
+        kv: how the cache is kept, "fp16" (the activations' dtype), "int8" or "int4"; quantized only at fused and pdl.
+        rows: tokens fed a step; with more than 1 the others are drafts by prompt lookup, which the step verifies (fused and
+            pdl), and the tokens are those of greedy decoding with this many rows.
     """
 
-    def __init__(self, loaded, stage: str, max_context: int = 1024):
+    def __init__(self, loaded, stage: str, max_context: int = 1024, kv: str = "fp16", rows: int = 1):
         self.model = loaded.model if isinstance(loaded, Loaded) else loaded
         self.device = self._one_device()
         self.stage, self.max_context = stage, min(max_context, self.model.config.max_position_embeddings)
+        self.kv, self.rows = kv, rows
         self._vocab = self.model.get_input_embeddings().weight.shape[0]
         self._decoder = self._make_decoder()
 
@@ -84,6 +92,15 @@ class Engine:
         if self.stage not in stages(self.device):
             raise DecodeError(
                 f"no stage {self.stage!r} on {self.device.type}; choose one of {', '.join(stages(self.device))}."
+            )
+        if self.stage in FUSED_STAGES:
+            pdl = self.stage == "pdl"
+            several = TOKENS_A_GRAPH if pdl else 1
+            return FusedDecoder(self.model, self.max_context, self.kv, self.rows, pdl, several)
+        if self.kv != "fp16" or self.rows != 1:
+            raise DecodeError(
+                f"a cache in {self.kv} and steps of {self.rows} rows need the stage {' or '.join(FUSED_STAGES)}, "
+                f"not {self.stage!r}."
             )
         if self.stage == "graph":
             return GraphDecoder(self.model, self.max_context)
@@ -122,23 +139,32 @@ class Engine:
         new_tokens: int,
         on_token: Callable[[int], None] | None = None,
         eos: int | Iterable[int] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> Generation:
-        """Generate greedily.
+        """Generate greedily, or sample.
 
         Args:
             prompt_ids: token ids, at least one.
             new_tokens: how many tokens to make at most.
             on_token: called with each token as it arrives.
             eos: token id or ids to stop after; None runs to the end.
+            temperature: 0 for greedy; above, tokens after the first are drawn from softmax(logits / temperature) (fused, pdl).
+            seed: of the draws.
 
         Raises:
-            DecodeError: empty prompt, a token outside the vocabulary, or no room in the context.
+            DecodeError: empty prompt, a token outside the vocabulary, no room in the context, or sampling at another stage.
         """
+        if temperature and self.stage not in FUSED_STAGES:
+            raise DecodeError(
+                f"the stage {self.stage!r} is greedy; sampling needs the stage {' or '.join(FUSED_STAGES)}."
+            )
         ids = self._checked(prompt_ids, new_tokens)
         stop = {eos} if isinstance(eos, int) else set(eos or ())
         self._decoder.prepare(len(ids), new_tokens)
         tokens, times = [], [time.perf_counter()]
-        for token in self._decoder.tokens(ids, new_tokens):
+        sampling = {"temperature": temperature, "seed": seed} if temperature else {}
+        for token in self._decoder.tokens(ids, new_tokens, **sampling):
             times.append(time.perf_counter())
             tokens.append(token)
             if on_token is not None:
@@ -149,7 +175,36 @@ class Engine:
         return Generation(tokens, spans[0], spans[1:])
 
     @contextmanager
-    def without_linears(self):
-        """Within this context the linear layers do nothing: what is left is the framework's own time per token."""
-        with self._decoder.without_linears():
+    def without(self, *parts: str):
+        """Within this context parts of the step do nothing, so that the time of the others can be told.
+
+        Args:
+            parts: of "linears", "attention", "norms", "sampling"; the module tree (naive, cast_free) only knows "linears".
+
+        Raises:
+            DecodeError: a part that this stage cannot leave out.
+        """
+        unknown = [part for part in parts if part not in self._decoder.parts]
+        if unknown:
+            raise DecodeError(
+                f"the stage {self.stage!r} cannot leave out {unknown[0]!r}; it can leave out {', '.join(self._decoder.parts)}."
+            )
+        with self._decoder.without(frozenset(parts)):
             yield self
+
+    def step_times(self, length: int, count: int) -> list[float]:
+        """Seconds a step at a context that nobody filled: speed does not depend on what the cache holds.
+
+        Args:
+            length: tokens in the cache before the first step.
+            count: steps.
+
+        Raises:
+            DecodeError: no room in the context, or a stage of the module tree, whose cache grows token by token.
+        """
+        if not hasattr(self._decoder, "step_times"):
+            raise DecodeError(
+                f"the stage {self.stage!r} cannot begin at a length; take graph, fused, pdl or lean."
+            )
+        self._require_room(length, count)
+        return self._decoder.step_times(length, count)

@@ -1,11 +1,13 @@
-"""How a token is made at each stage: the transformers tree, the own step run eagerly, and the own step as a CUDA graph."""
+"""How a token is made at each stage: the transformers tree, the own step run eagerly, as a CUDA graph, and fused."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from trapetum.fused_step import PARTS, FusedStep
 from trapetum.linear import CodebookLinear
 from trapetum.llama_step import Live, LlamaStep, activation_dtype
 from trapetum.swap import codebook_layers
@@ -21,6 +23,8 @@ class TreeDecoder:
     the activations stay float32, as the kernel takes them, and only a 16-bit head converts its input), and on CUDA
     a static cache; on the CPU a static cache would be read to its full length, so it stays a growing one.
     """
+
+    parts = ("linears",)
 
     def __init__(self, model: nn.Module, casts: bool, max_context: int):
         self._model, self._casts, self._max_context = model, casts, max_context
@@ -77,8 +81,8 @@ class TreeDecoder:
                 yield int(token)
 
     @contextmanager
-    def without_linears(self):
-        """Let every linear layer return zeros that exist already."""
+    def without(self, parts: frozenset[str]):
+        """Let every linear layer return zeros that exist already; no other part can be taken out of the tree."""
         layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | CodebookLinear)]
         dtype = activation_dtype(self._model)
         for layer in layers:
@@ -94,6 +98,8 @@ class TreeDecoder:
 class LeanDecoder:
     """The own step, run eagerly with the cache sliced to its live length."""
 
+    parts = PARTS
+
     def __init__(self, model: nn.Module, max_context: int):
         self.llama = LlamaStep(model, max_context)
 
@@ -102,7 +108,8 @@ class LeanDecoder:
 
     @torch.inference_mode()
     def _next(self, token: Tensor, position: int) -> Tensor:
-        return self.llama.step(token, Live(self.llama, position)).argmax(-1)
+        logits = self.llama.step(token, Live(self.llama, position))
+        return token if "sampling" in self.llama.without else logits.argmax(-1)
 
     @torch.inference_mode()
     def _first(self, ids: Tensor) -> Tensor:
@@ -117,15 +124,30 @@ class LeanDecoder:
             yield int(token)
 
     @contextmanager
-    def without_linears(self):
-        """Let every product return zeros that exist already."""
+    def without(self, parts: frozenset[str]):
+        """Leave out parts of the step; without linears every product returns zeros that exist already."""
         llama = self.llama
         kept = llama.layers, llama.head
-        llama.layers, llama.head = llama.silenced()
+        llama.without = parts - {"linears"}
+        if "linears" in parts:
+            llama.layers, llama.head = llama.silenced()
         try:
             yield
         finally:
             llama.layers, llama.head = kept
+            llama.without = frozenset()
+
+    @torch.inference_mode()
+    def step_times(self, length: int, count: int) -> list[float]:
+        """Seconds of each of `count` tokens from position `length` on, whatever the cache holds there."""
+        token = torch.zeros(1, dtype=torch.long, device=self.llama.device)
+        times = []
+        for position in range(length, length + count):
+            before = time.perf_counter()
+            token = self._next(token, position)
+            int(token)
+            times.append(time.perf_counter() - before)
+        return times
 
 
 def bucket_for(length: int, max_context: int) -> int:
@@ -203,11 +225,152 @@ class GraphDecoder(LeanDecoder):
             yield int(host[made - 1])
 
     @contextmanager
-    def without_linears(self):
-        """Let every product return zeros that exist already, in graphs captured for it."""
+    def without(self, parts: frozenset[str]):
+        """Leave out parts of the step, in graphs captured for it."""
         graphs, self._graphs = self._graphs, {}
         try:
-            with super().without_linears():
+            with super().without(parts):
                 yield
         finally:
             self._graphs = graphs
+
+    @torch.inference_mode()
+    def step_times(self, length: int, count: int) -> list[float]:
+        """Seconds a token over `count` tokens from position `length` on: one number `count` times, by CUDA events."""
+        self.prepare(length, count + 1)
+        self.llama.position.fill_(length)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        for place in range(length, length + count):
+            self._queue(place + 1)
+        after.record()
+        after.synchronize()
+        return [before.elapsed_time(after) / 1e3 / count] * count
+
+
+class FusedDecoder:
+    """The fused step, captured as one CUDA graph of a token and one of several.
+
+    Args:
+        model: on a GPU.
+        max_context: tokens of prompt and answer together.
+        kv: how the cache is kept.
+        rows: tokens fed a step, the first and drafts.
+        pdl: overlap each kernel with the one before it.
+        several: tokens (steps) of the longer graph; 1 for none.
+        capture: False runs the same launches one by one.
+    """
+
+    parts = PARTS
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_context: int,
+        kv: str = "fp16",
+        rows: int = 1,
+        pdl: bool = False,
+        several: int = 1,
+        capture: bool = True,
+    ):
+        self.llama = LlamaStep(model, max_context, cache=False)
+        self.step = FusedStep(self.llama, max_context, kv, rows, pdl)
+        self._several, self._capture = several, capture
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def prepare(self, prompt: int, count: int) -> None:
+        """Capture the graphs that a generation will replay."""
+        for steps in {1, self._several}:
+            if self._capture and steps not in self._graphs:
+                self._graphs[steps] = self._captured(steps)
+
+    @torch.inference_mode()
+    def _captured(self, steps: int) -> torch.cuda.CUDAGraph:
+        device = self.llama.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # compiles and loads kernels, which a capture must not do
+            self.step.state.reset([], 0)
+            self.step.embed()
+            self.step.advance()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(steps):
+                self.step.advance()
+        return graph
+
+    def _queue(self, wanted: int) -> int:
+        """Queue steps towards `wanted` tokens; how many steps."""
+        steps = self._several if wanted >= self._several else 1
+        if self._capture:
+            self._graphs[steps].replay()
+        else:
+            for _ in range(steps):
+                self.step.advance()
+        return steps
+
+    def _fetch(self, first: int, count: int) -> "_Fetched":
+        return _Fetched(self.step.state, first, count)
+
+    @torch.inference_mode()
+    def _start(self, ids: Tensor) -> None:
+        self.step.start(ids)
+
+    def tokens(self, ids: Tensor, count: int, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        """Tokens after the prompt `ids` [n]: greedy, or sampled after the first; queued ahead of what it yields."""
+        self.step.state.sample(temperature, seed)
+        self._start(ids)
+        ready, seen, sure = self._fetch(len(ids), count), 0, 1
+        while seen < count:
+            ahead = None
+            if sure < count:  # every step makes one token at least
+                sure += self._queue(count - sure)
+                ahead = self._fetch(len(ids), count)
+            fresh = ready.tokens()[seen:count]
+            yield from fresh
+            seen += len(fresh)
+            sure, ready = max(sure, seen), ahead or ready
+
+    @contextmanager
+    def without(self, parts: frozenset[str]):
+        """Leave out parts of the step, in graphs captured for it."""
+        graphs, self._graphs, self.step.without = self._graphs, {}, parts
+        try:
+            yield
+        finally:
+            self._graphs, self.step.without = graphs, frozenset()
+
+    @torch.inference_mode()
+    def step_times(self, length: int, count: int) -> list[float]:
+        """Seconds a step over `count` steps from position `length` on: one number `count` times, by CUDA events."""
+        self.prepare(length, count)
+        self.step.state.reset([], 0)
+        self.step.state.move(length)
+        self.step.embed()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        left = count
+        while left:
+            left -= self._queue(left)
+        after.record()
+        after.synchronize()
+        return [before.elapsed_time(after) / 1e3 / count] * count
+
+
+class _Fetched:
+    """The tokens that a state will have made once the device comes to it, on their way to the host."""
+
+    def __init__(self, state, first: int, count: int):
+        self._made = torch.empty(1, dtype=torch.long, pin_memory=True)
+        self._tokens = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        self._made.copy_(state.made, non_blocking=True)
+        self._tokens.copy_(state.history[first : first + count], non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def tokens(self) -> list[int]:
+        """Wait, and return what there is."""
+        self._done.synchronize()
+        return self._tokens[: 1 + int(self._made)].tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 STEP = {8: 16, 4: 32, 3: 128, 2: 64}  # inputs a step; the layout is pictured in kernels/codebook_gemv.cu
 _ENTRIES = {8: 256, 4: 256, 3: 64, 2: 16}  # of the pair table
-_TABLE_AT = 2048
+_TABLE_AT = 1024
 _SYSTEM_BYTES = 1024  # that CUDA keeps of every block's shared memory
 LANES = 32
 MOST_STAGED = 16  # rows of fp16 that the kernel holds: 8 of x, twice as many of fp32
@@ -62,7 +62,8 @@ def memory(plan: Plan, in_features: int, bits: int, staged: int, limit: int) -> 
         staged: rows of fp16 in shared memory: rows of x, twice as many for fp32.
         limit: bytes a block may ask for.
     """
-    fixed = _TABLE_AT + _ENTRIES[bits] * plan.stride + staged * (64 + 4 * plan.warps * plan.channels + 4)
+    fixed = _TABLE_AT + _ENTRIES[bits] * plan.stride + staged * 4 * plan.warps * plan.channels
+    fixed += 64 * staged if staged > 1 else 0
     round_bytes = 2 * staged * plan.warps * plan.ahead * STEP[bits]
     panel = min(max(0, limit - fixed) // round_bytes, plan.rounds(in_features, bits))
     return panel, fixed + round_bytes * panel
@@ -120,6 +121,26 @@ def plan_for(in_features: int, out_features: int, bits: int, staged: int = 1, ro
             else _one_each(bits, staged)
         )
     return next(plan for plan in _smaller(wanted, staged) if _usable(plan, in_features, bits, staged, room))
+
+
+def gated_plan_for(
+    in_features: int, out_features: int, bits: int, staged: int = 1, room: Room = H100
+) -> Plan:
+    """The launch shape of a gated product (`out_features` counts gates and ups), whose blocks hold 64 channels.
+
+    Args:
+        staged: rows of x.
+
+    Raises:
+        ValueError: 64 channels do not fit the device's shared memory.
+    """
+    wanted = [Plan(8, 2, 3, 64), Plan(8, 4, 2, 64), Plan(16, 1 if bits == 3 else 2, 1, 64), Plan(8, 1, 1, 64)]
+    for plan in wanted if staged == 1 else wanted[2:]:
+        if _usable(plan, in_features, bits, staged, room):
+            return plan
+    raise ValueError(
+        f"a gated product of {staged} rows needs more than the {room.a_block} bytes of shared memory a block has here."
+    )
 
 
 def _smaller(plan: Plan, staged: int) -> Iterator[Plan]:

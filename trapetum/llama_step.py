@@ -10,6 +10,7 @@ that the step can be captured in a CUDA graph: the `graph` stage). Query heads t
 attention as so many query rows of that head, so grouped keys are neither copied nor read twice.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,10 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: products, norm weights [hidden], the cache [2, kv_heads, context, head_dim] and its halves."""
+    """One decoder layer: products, norm weights [hidden], the cache [2, kv_heads, context, head_dim] and its halves.
+
+    Without a cache of its own (None) the step can only prefill, and hands keys and values on.
+    """
 
     qkv: Any
     out: Any
@@ -39,9 +43,9 @@ class Layer:
     down: Any
     attention_norm: Tensor
     mlp_norm: Tensor
-    cache: Tensor
-    keys: Tensor
-    values: Tensor
+    cache: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
 
 
 class Live:
@@ -108,11 +112,14 @@ class LlamaStep:
         layers: what each decoder layer needs.
         cos, sin: rope tables [context, head_dim]; the sine has the sign of the half it multiplies.
         token, position: int64 [1] on the device, read and advanced by `advance`.
+        without: parts that are left out for measurements: "attention", "norms", "sampling" (linears: `silenced`).
     """
 
-    def __init__(self, model: nn.Module, max_context: int):
+    def __init__(self, model: nn.Module, max_context: int, cache: bool = True):
         config = model.config
         _require_supported(config, max_context)
+        self._has_cache = cache
+        self.without: frozenset[str] = frozenset()
         self.dtype, self._eps = activation_dtype(model), config.rms_norm_eps
         self.device = model.get_input_embeddings().weight.device
         self._fast_norm = self.device.type == "cpu" and self.dtype == torch.float32
@@ -120,6 +127,7 @@ class LlamaStep:
         attention = model.model.layers[0].self_attn
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim, self._scale = attention.head_dim, attention.scaling
+        self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self._group = self._heads // self._kv_heads
         self._turned = self._heads + self._kv_heads  # heads that rope turns: queries and keys
         self._embedding = model.get_input_embeddings().weight.detach()
@@ -127,10 +135,21 @@ class LlamaStep:
         self._norm = self._constant(model.model.norm.weight)
         self._activation = model.model.layers[0].mlp.act_fn
         self.head = project([model.lm_head], self.dtype)
-        self.cos, self.sin = self._rope(model, max_context)
+        self._rotary = model.model.rotary_emb
+        self.cos, self.sin = self.rope(max_context)
         self.token = torch.zeros(1, dtype=torch.long, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.places = torch.arange(max_context, device=self.device)
+
+    @property
+    def heads(self) -> tuple[int, int, int, float]:
+        """Query heads, key heads, width of a head, factor on the scores."""
+        return self._heads, self._kv_heads, self._head_dim, self._scale
+
+    @property
+    def constants(self) -> tuple[Tensor, Tensor, float]:
+        """Embedding [vocab, hidden], weight of the last norm [hidden], eps of all norms."""
+        return self._embedding, self._norm, self._eps
 
     def _constant(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype)
@@ -138,7 +157,7 @@ class LlamaStep:
     def _layer(self, block, max_context: int) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         places = (2, self._kv_heads, max_context, self._head_dim)
-        cache = torch.zeros(places, dtype=self.dtype, device=self.device)
+        cache = torch.zeros(places, dtype=self.dtype, device=self.device) if self._has_cache else None
         return Layer(
             project([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype),
             project([attention.o_proj], self.dtype),
@@ -147,20 +166,31 @@ class LlamaStep:
             self._constant(block.input_layernorm.weight),
             self._constant(block.post_attention_layernorm.weight),
             cache,
-            cache[:1],
-            cache[1:],
+            cache[:1] if self._has_cache else None,
+            cache[1:] if self._has_cache else None,
         )
 
+    @property
+    def gated_by_silu(self) -> bool:
+        """Whether the MLP's activation is SiLU."""
+        probe = torch.linspace(-3, 3, 7)
+        return torch.equal(self._activation(probe), F.silu(probe))
+
     @torch.no_grad()
-    def _rope(self, model, max_context: int) -> tuple[Tensor, Tensor]:
-        """Tables from transformers' own rotary module, so that every scaling it knows comes out the same."""
-        positions = torch.arange(max_context, device=self.device).unsqueeze(0)
+    def rope(self, places: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [places, head_dim], the sine's first half negative.
+
+        From transformers' own rotary module, so that every scaling it knows comes out the same.
+        """
+        positions = torch.arange(places, device=self.device).unsqueeze(0)
         like = torch.empty(1, dtype=self.dtype, device=self.device)
-        cos, sin = (table[0].contiguous() for table in model.model.rotary_emb(like, positions))
+        cos, sin = (table[0].contiguous() for table in self._rotary(like, positions))
         sin[:, : self._head_dim // 2].neg_()
         return cos, sin
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        if "norms" in self.without:
+            return x
         if self._fast_norm and x.shape[0] == 1:
             flat = x.view(-1)  # F.rms_norm is six operators on a CPU, and takes twice as long
             mean_square = torch.dot(flat, flat).item() / flat.shape[0]
@@ -173,6 +203,8 @@ class LlamaStep:
         heads.mul_(cos).addcmul_(swapped, sin)
 
     def _attend(self, layer: Layer, qkv: Tensor, place) -> Tensor:
+        if "attention" in self.without:
+            return qkv[:, : self._heads * self._head_dim]
         heads = qkv.view(-1, self._head_dim)
         self._rotate(heads[: self._turned], place.cos, place.sin)
         place.store(layer.cache, heads[self._heads :].view(2, self._kv_heads, self._head_dim))
@@ -202,15 +234,19 @@ class LlamaStep:
     def advance(self, length: int) -> None:
         """One step with token and position on the device, reading `length` places of the cache; capturable."""
         logits = self.step(self.token, Padded(self, length))
-        self.token.copy_(logits.argmax(-1))
+        if "sampling" not in self.without:
+            self.token.copy_(logits.argmax(-1))
         self.position.add_(1)
 
-    def _attend_rows(self, layer: Layer, qkv: Tensor, rows: int) -> Tensor:
+    def _attend_rows(self, layer: Layer, qkv: Tensor, rows: int, keep=None) -> Tensor:
         heads = qkv.view(rows, -1, self._head_dim)
         self._rotate(heads[:, : self._turned], self.cos[:rows, None], self.sin[:rows, None])
-        fresh = heads[:, self._heads :].view(rows, 2, self._kv_heads, self._head_dim)
-        layer.cache[:, :, :rows] = fresh.permute(1, 2, 0, 3)
-        keys, values = layer.cache[:, None, :, :rows].repeat_interleave(self._group, 2)
+        fresh = heads[:, self._heads :].view(rows, 2, self._kv_heads, self._head_dim).permute(1, 2, 0, 3)
+        if layer.cache is not None:
+            layer.cache[:, :, :rows] = fresh
+        if keep is not None:
+            keep(*fresh)
+        keys, values = fresh[:, None].repeat_interleave(self._group, 2)
         query = heads[:, : self._heads].transpose(0, 1).unsqueeze(0)
         attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self._scale)
         return attended[0].transpose(0, 1).reshape(rows, -1)
@@ -231,13 +267,22 @@ class LlamaStep:
             for position in range(len(ids) - 1):
                 self._hidden(ids[position : position + 1], Live(self, position))
             return self.step(ids[-1:], Live(self, len(ids) - 1))
-        return self._prefill_rows(ids)
+        return self.prefill_rows(ids)
 
-    def _prefill_rows(self, ids: Tensor) -> Tensor:
+    def prefill_rows(self, ids: Tensor, keep: Sequence[Callable] | None = None) -> Tensor:
+        """All rows of a prompt at once.
+
+        Args:
+            ids: int64 [n], n >= 1, on the device.
+            keep: for each layer, what is called with its keys and values [kv_heads, n, head_dim]; None for nothing.
+
+        Returns:
+            logits [1, vocab] after the last token.
+        """
         x = F.embedding(ids, self._embedding).to(self.dtype)
-        for layer in self.layers:
+        for layer, kept in zip(self.layers, keep or [None] * len(self.layers), strict=True):
             qkv = layer.qkv.rows(self._rms(x, layer.attention_norm))
-            x = x + layer.out.rows(self._attend_rows(layer, qkv, len(ids)))
+            x = x + layer.out.rows(self._attend_rows(layer, qkv, len(ids), kept))
             x = x + self._mlp(layer, layer.gate_up.rows, layer.down.rows, x)
         return self.head(self._rms(x[-1:], self._norm))
 

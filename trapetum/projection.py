@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trapetum import cpu, cuda, ops
+from trapetum import cpu, cuda, cuda_dense, ops
 from trapetum.cpu_layout import tile_rows
 from trapetum.linear import CodebookLinear
 
@@ -58,6 +58,10 @@ def _weight(layer) -> Tensor:
     return layer.codes if isinstance(layer, CodebookLinear) else layer.weight
 
 
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 class Dense:
     """y = x W^T + b with x and y in `dtype`; W may be narrower (a 16-bit head behind float32 activations)."""
 
@@ -79,6 +83,14 @@ class Dense:
 
     rows = __call__
 
+    def launch(self, x: Tensor, out: Tensor, pdl: bool = False, **fused) -> None:
+        """One kernel of this package on CUDA: x [rows, in_features] into `out`; `fused` as for `cuda_dense.gemv`."""
+        cuda_dense.gemv(x, self._weight, self._bias, out, pdl, **fused)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a launch reads beside x."""
+        return _present(weight=self._weight, bias=self._bias)
+
 
 class Codebook:
     """The same with W read from its codes; `rows` dequantizes W and multiplies."""
@@ -97,13 +109,25 @@ class Codebook:
         self.out_features = self._codebook.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[1, in_features] to [1, out_features]."""
+        """[1, in_features] to [1, out_features]; on CUDA up to `cuda.MAX_ROWS` rows."""
         return ops.codebook_gemv(x, self._codes, self._codebook, self._bias, self._in, self._bits)
 
     def rows(self, x: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
+        if x.is_cuda and len(x) <= cuda.MAX_ROWS:
+            return self(x)
         weight = ops.dequantize(self._codes, self._codebook, self._in, self._bits, self._dtype)
         return F.linear(x, weight, self._bias)
+
+    def launch(self, x: Tensor, out: Tensor, pdl: bool = False, **fused) -> None:
+        """One kernel of this package on CUDA: x [rows, in_features] into `out`; `fused` as for `cuda.gemv`."""
+        cuda.gemv(
+            x, self._codes, self._codebook, self._in, self._bits, self._bias, out, pdl, late=True, **fused
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a launch reads beside x."""
+        return _present(codes=self._codes, codebook=self._codebook, bias=self._bias)
 
 
 class CodebookCpu(Codebook):
