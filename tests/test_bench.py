@@ -291,6 +291,16 @@ def test_accepted_tokens_a_step_need_counted_steps():
     assert generating.accepted_a_step([Counted([1] * 9, 0.1, [0.1] * 8)] * 2) == 2.0
 
 
+def test_drafts_are_looked_up_in_a_text():
+    from trapetum.models import load
+
+    builtin = variants.Variant("fp32", load("builtin"), {})
+    assert generating._prompt(builtin, 6, 4) == generating.text_tokens(builtin.loaded)[:64]
+    assert generating._prompt(builtin, 6, 1) == generating.random_prompt(builtin, 6)
+    random = variants.Variant("fp32", load(TINY), {})
+    assert len(generating._prompt(random, 6, 4)) == 6
+
+
 def test_what_does_not_fit_is_a_record_and_the_rest_is_measured(monkeypatch):
     need = 4 * MODELS["llama-tiny"].parameters
     monkeypatch.setattr(timing, "free_bytes", lambda device: need - 1)

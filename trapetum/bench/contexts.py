@@ -1,6 +1,5 @@
 """Speed and memory of a decode against the length of its context, with the cache in 16, 8 or 4 bits."""
 
-import gc
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,7 @@ from trapetum import timing
 from trapetum.bench.generating import NOT_POSSIBLE, add_memory, engine_options, kernel_sha, refuser
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
-from trapetum.bench.variants import Variant, default_methods, variants
+from trapetum.bench.variants import Variant, default_methods, forget, variants
 from trapetum.decode import Engine
 from trapetum.decode import stages as stages_of
 from trapetum.records import Record
@@ -94,9 +93,7 @@ def _at(recorder: Recorder, variant: Variant, stage: str, length: int, kv: str) 
 
 
 def _free(device: str) -> int:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    forget()
     return timing.free_bytes(device)
 
 
@@ -122,7 +119,9 @@ def _measure(recorder: Recorder, variant: Variant, config: dict, kv: str) -> Non
     if recorder.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     engine = Engine(variant.loaded, config["stage"], max_context=length, **engine_options(kv))
-    config["bytes"] = variant.token_bytes(length - STEPS / 2, kv)  # once the codes lie as the kernel reads them
+    config["bytes"] = variant.token_bytes(
+        length - STEPS / 2, kv
+    )  # once the codes lie as the kernel reads them
     start = length - STEPS  # so that no step reads beyond the context in the name
     engine.step_times(start, STEPS)
     runs = [engine.step_times(start, STEPS) for _ in range(max(3, recorder.sizes.runs))]

@@ -8,16 +8,19 @@ import torch
 from trapetum import ops, swap, timing
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
-from trapetum.bench.variants import Variant, default_methods, variants
+from trapetum.bench.variants import Variant, default_methods, forget, variants
 from trapetum.decode import DecodeError, Engine, Generation
 from trapetum.decode import stages as stages_of
 from trapetum.energy import EnergyMeter, EnergyReading
 from trapetum.llama_step import UnsupportedModel
+from trapetum.models import Loaded
 from trapetum.records import Record
+from trapetum.text import load_text
 
 WARM_UP_TOKENS = 3
 FEWEST_TOKENS = 4
 CHUNKS = 8
+DRAFT_PROMPT = 64
 WINDOW = 32  # tokens; the later stages make several a launch, at most so many, so no sum ends inside a launch
 NOT_POSSIBLE = (DecodeError, UnsupportedModel, torch.OutOfMemoryError, MemoryError)
 
@@ -83,6 +86,7 @@ def refuser(recorder: Recorder) -> Callable[[str, dict, str], None]:
 def _decode_one(
     recorder: Recorder, variant: Variant, stage: str, new_tokens: int | None, options: dict
 ) -> None:
+    forget()
     if recorder.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -118,7 +122,7 @@ class Run:
         self.device, self._read_gbps = recorder.device, recorder.cold_read_gbps
         self._wanted = new_tokens or self._sizes.new_tokens
         self._options, self._accepted = options or {}, None
-        self.prompt = random_prompt(variant, self._sizes.prompt_tokens)
+        self.prompt = _prompt(variant, self._sizes.prompt_tokens, self._options.get("rows", 1))
         self.max_context = len(self.prompt) + max(self._wanted, WARM_UP_TOKENS) + 1
         self.engine = Engine(variant.loaded, stage, max_context=self.max_context, **self._options)
 
@@ -181,6 +185,20 @@ class Run:
             self.variant.estimate_bytes(self.max_context, prompt=len(self.prompt), **self._options) / 1e9
         )
         return {**base, "estimate_gb": estimate_gb, **more}
+
+
+def _prompt(variant: Variant, length: int, rows: int) -> list[int]:
+    """Random tokens; for drafts, which are looked up in what was said before, the beginning of a text where one can be read."""
+    if rows > 1 and variant.loaded.tokenizer is not None:
+        return text_tokens(variant.loaded)[: max(length, DRAFT_PROMPT)]
+    return random_prompt(variant, length)
+
+
+def text_tokens(loaded: Loaded, characters: int = 64 * 1024) -> list[int]:
+    """The built-in text's first characters in the model's tokens."""
+    words = load_text("builtin", characters)
+    made = loaded.tokenizer(words, return_tensors="pt", add_special_tokens=False, verbose=False)
+    return made.input_ids[0].tolist()
 
 
 def random_prompt(variant: Variant, length: int) -> list[int]:

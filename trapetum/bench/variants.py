@@ -134,7 +134,7 @@ def variants(
     for b in bits if "codebook" in methods else ():
         if not _refused(name, device, "codebook", b, refuse):
             yield codebook_variant(name, device, last, b, lm_head)
-        _forget()
+        forget()
 
 
 def _dense_variants(
@@ -152,7 +152,7 @@ def _dense_variants(
         loaded = _dense(name, device, method, loaded)
         config = {"model": name, "bits": torch.finfo(DTYPES[method]).bits, "linears": "dense"}
         yield Variant(method, loaded, {**config, "dtype": method})
-        _forget()
+        forget()
     return last
 
 
@@ -206,7 +206,8 @@ def codebook_variant(
     )
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Give memory back that nothing refers to any more, so that the next peak is the next run's own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

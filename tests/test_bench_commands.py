@@ -1,0 +1,62 @@
+"""`trapetum bench` for whole decodes: help with examples, tables, and one sentence for bad input."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from trapetum import energy
+from trapetum.cli import app
+
+runner = CliRunner()
+TINY = ("--model", "random:llama-tiny", "--device", "cpu", "--profile", "smoke")
+
+
+def run(*arguments, code=0):
+    result = runner.invoke(app, ["bench", *(str(a) for a in arguments)], env={"COLUMNS": "250"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize("command", ["context", "agreement", "breakdown", "energy"])
+def test_help_has_an_example(command):
+    assert f"Example: trapetum bench {command}" in run(command, "--help").stdout
+
+
+def test_decode_takes_the_cache_and_the_head():
+    found = json.loads(
+        run("decode", *TINY, "--stage", "lean", "--method", "codebook", "--lm-head", "--json").stdout
+    )
+    assert {r["quantity"] for r in found} == {"decode_speed", "time_to_first_token", "decode_memory"}
+    assert all(r["config"]["lm_head"] == "codebook" for r in found)
+
+
+def test_a_cache_that_the_stage_does_not_know_is_a_row():
+    table = run("decode", *TINY, "--stage", "lean", "--method", "codebook", "--kv", "int8").stdout
+    assert "call_accepted" in table and "decode_speed" not in table and "int8" in table
+
+
+def test_context_and_breakdown_print_tables():
+    assert "context_speed" in run("context", *TINY, "--context", 64, "--method", "codebook").stdout
+    said = run("breakdown", *TINY, "--stage", "lean").stdout
+    assert "attention and cache" in said
+    bridge = [line for line in said.splitlines() if line.lstrip().startswith(("+", "-"))]
+    assert bridge[0].endswith("fp32, lean (measured)") and bridge[-1].endswith(
+        "4-bit codebook, lean (measured)"
+    )
+    steps = [float(line.split(" us  ")[0]) for line in bridge]
+    assert sum(steps[:-1]) == pytest.approx(steps[-1], abs=1)
+
+
+def test_agreement_prints_shares_and_errors():
+    said = run("agreement", *TINY, "--stage", "lean", "--prompts", 2, "-n", 4).stdout
+    assert said.count("token_agreement") == 2 and said.count("logit_error") == 2
+
+
+def test_energy_without_a_counter_is_one_sentence(monkeypatch):
+    def none(device):
+        raise energy.NoEnergyCounter("there is no counter.")
+
+    monkeypatch.setattr(energy, "find_counter", none)
+    said = run("energy", *TINY, code=2).stderr
+    assert said.strip() == "trapetum: energy cannot be measured here: there is no counter."
