@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from trapetum import swap
-from trapetum.bench.generating import NOT_POSSIBLE, engine_options, kernel_sha, refuser
+from trapetum.bench.generating import NOT_POSSIBLE, engine_options, kernel_sha, refuser, text_tokens
 from trapetum.bench.recording import Recorder
 from trapetum.bench.variants import Variant, codebook_variant, variants
 from trapetum.decode import DecodeError, Engine
 from trapetum.decode import stages as stages_of
-from trapetum.decoders import GraphDecoder, LeanDecoder, TreeDecoder, bucket_for
+from trapetum.decoders import FusedDecoder, GraphDecoder, LeanDecoder, TreeDecoder, bucket_for
 from trapetum.llama_step import Live, Padded
 from trapetum.models import Loaded
 from trapetum.records import Record
-from trapetum.text import load_text
 
 PROMPTS, NEW_TOKENS = 32, 16
 LONGEST_PROMPT = 48
@@ -123,7 +122,7 @@ def prompt_set(loaded: Loaded, count: int, seed: int = 0) -> list[list[int]]:
     """
     generator = torch.Generator().manual_seed(seed)
     vocab = loaded.model.get_input_embeddings().weight.shape[0]
-    text = _text_ids(loaded) if loaded.tokenizer is not None else None
+    text = text_tokens(loaded) if loaded.tokenizer is not None else None
     prompts = []
     for number in range(count):
         length = 1 if number == 0 else int(torch.randint(1, LONGEST_PROMPT + 1, (1,), generator=generator))
@@ -133,15 +132,6 @@ def prompt_set(loaded: Loaded, count: int, seed: int = 0) -> list[list[int]]:
             at = int(torch.randint(0, len(text) - length, (1,), generator=generator))
             prompts.append(text[at : at + length])
     return prompts
-
-
-def _text_ids(loaded: Loaded) -> list[int]:
-    words = load_text("builtin", 64 * 1024)
-    return (
-        loaded.tokenizer(words, return_tensors="pt", add_special_tokens=False, verbose=False)
-        .input_ids[0]
-        .tolist()
-    )
 
 
 def _references(variant: Variant, prompts: Sequence[list[int]], new_tokens: int) -> list[Reference]:
@@ -160,7 +150,11 @@ def reference(model, prompt: list[int], new_tokens: int) -> Reference:
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([prompt], device=device)
     how = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     mask = torch.ones_like(ids)
     made = _without_stop(model, lambda: model.generate(ids, attention_mask=mask, generation_config=how))
@@ -194,8 +188,10 @@ def compare(engine: Engine, wanted: Reference) -> Comparison:
 def forced_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """The logits of a stage when tokens are fed that it need not have chosen.
 
+    Steps run launch by launch; what a graph replays is the same launches.
+
     Args:
-        engine: at any stage; one whose engine has its own `forced_logits(prompt, tokens)` answers with that.
+        engine: at any stage.
         prompt: token ids, at least one, fed as a prompt.
         tokens: fed one by one after it, each through the stage's own step.
 
@@ -205,34 +201,46 @@ def forced_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) 
     Raises:
         DecodeError: the stage does not show its logits.
     """
-    own = getattr(engine, "forced_logits", None)
-    if own is not None:
-        return own(prompt, tokens)
     decoder, device = engine._decoder, engine.device
-    if isinstance(decoder, TreeDecoder):
-        return _tree_logits(decoder, prompt, tokens, device)
-    if type(decoder) not in (LeanDecoder, GraphDecoder):
-        raise DecodeError(f"stage {engine.stage!r} does not show its logits, so they cannot be compared.")
-    llama, rows = decoder.llama, []
-    rows.append(llama.prefill(torch.tensor(prompt, device=device)).clone())
+    for kind, ask in ((TreeDecoder, _tree_logits), (FusedDecoder, _fused_logits), (LeanDecoder, _own_logits)):
+        if isinstance(decoder, kind):
+            return torch.cat(ask(decoder, prompt, tokens, device))
+    raise DecodeError(f"the stage {engine.stage!r} does not show its logits, so they cannot be compared.")
+
+
+def _own_logits(decoder: LeanDecoder, prompt, tokens, device) -> list[Tensor]:
+    llama, padded = decoder.llama, isinstance(decoder, GraphDecoder)
+    rows = [llama.prefill(torch.tensor(prompt, device=device)).clone()]
     for position, token in enumerate(tokens, start=len(prompt)):
         llama.position.fill_(position)
-        is_graph = isinstance(decoder, GraphDecoder)  # the step that is captured, run eagerly: the same bits
-        place = (
-            Padded(llama, bucket_for(position + 1, engine.max_context)) if is_graph else Live(llama, position)
-        )
+        if padded:
+            place = Padded(llama, bucket_for(position + 1, decoder._max_context))
+        else:
+            place = Live(llama, position)
         rows.append(llama.step(torch.tensor([token], device=device), place).clone())
-    return torch.cat(rows)
+    return rows
 
 
-def _tree_logits(decoder: TreeDecoder, prompt, tokens, device) -> Tensor:
+def _fused_logits(decoder: FusedDecoder, prompt, tokens, device) -> list[Tensor]:
+    step, ids = decoder.step, torch.tensor(prompt, device=device)
+    rows = [decoder.llama.prefill_rows(ids, [cache.store for cache in step.caches]).clone()]
+    step.state.reset(ids, 0)
+    for token in tokens:
+        step.state.tokens.fill_(token)
+        step.embed()
+        step.advance()
+        rows.append(step.logits[:1].clone())
+    return rows
+
+
+def _tree_logits(decoder: TreeDecoder, prompt, tokens, device) -> list[Tensor]:
     cache, rows = decoder._cache(), []
     with decoder._arranged():
         for ids in (list(prompt), *([token] for token in tokens)):
             fed = torch.tensor([ids], device=device)
             made = decoder._model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             rows.append(made.logits[:, -1].clone())
-    return torch.cat(rows)
+    return rows
 
 
 def compared(free: Sequence[int], logits: Tensor, wanted: Reference) -> Comparison:
