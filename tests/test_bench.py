@@ -283,12 +283,46 @@ def test_budgets_keep_whole_windows():
     assert generating._affordable(2, 0.0) == 2
 
 
-def test_accepted_tokens_a_step_need_counted_steps():
-    class Counted(Generation):
-        steps = 4
+class Drafting:
+    """An engine of several rows whose steps make two tokens each."""
 
-    assert generating.accepted_a_step([Generation([1] * 9, 0.1, [0.1] * 8)]) is None
-    assert generating.accepted_a_step([Counted([1] * 9, 0.1, [0.1] * 8)] * 2) == 2.0
+    rows = 4
+
+    def __init__(self):
+        self._decoder = self
+
+    def _queue(self, wanted):
+        return 8 if wanted >= 8 else 1
+
+    def generate(self, prompt, count):
+        made = 0
+        while made < count - 1:
+            made += 2 * self._queue(count - 1 - made)
+        return Generation([1] * count, 0.1, [0.1] * (count - 1))
+
+
+def test_accepted_tokens_are_those_of_a_step():
+    engine = Drafting()
+    with generating.counted_steps(engine) as steps:
+        engine.generate([1], 33)
+    engine.generate([1], 33)
+    assert steps == [8, 8] and "_queue" not in vars(engine)
+    engine.rows = 1
+    with generating.counted_steps(engine) as steps:
+        engine.generate([1], 33)
+    assert steps == []
+
+
+def test_bytes_of_a_token_are_a_steps_over_the_accepted_ones():
+    from trapetum.bench.variants import codebook_variant
+
+    recorder = Recorder("cpu", "smoke")
+    run = generating.Run(recorder, codebook_variant(TINY, "cpu", "fp32"), "lean", 64)
+    run.engine, run._sizes = Drafting(), replace(run._sizes, runs=2)
+    run.settle = lambda: setattr(run, "threads", 1) or setattr(run, "tokens", 64)
+    run.generate()
+    assert run.config()["accepted"] == 2.0
+    assert run.config()["bytes"] == run.variant.token_bytes(run.context) // 2
 
 
 def test_drafts_are_looked_up_in_a_text():

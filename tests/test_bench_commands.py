@@ -60,3 +60,9 @@ def test_energy_without_a_counter_is_one_sentence(monkeypatch):
     monkeypatch.setattr(energy, "find_counter", none)
     said = run("energy", *TINY, code=2).stderr
     assert said.strip() == "trapetum: energy cannot be measured here: there is no counter."
+
+
+@pytest.mark.parametrize("command", ["decode", "context", "agreement", "breakdown"])
+def test_an_unknown_cache_format_is_one_sentence(command):
+    said = run(command, *TINY, "--kv", "int2", "--stage", "lean", code=2).stderr.strip().splitlines()[-1]
+    assert said == "trapetum: the cache format 'int2' is unknown; the formats are fp16, int8, int4."

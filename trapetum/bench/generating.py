@@ -1,7 +1,8 @@
 """Whole decodes: tokens a second in all and in windows, memory, time to the first token, energy."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +16,7 @@ from trapetum.energy import EnergyMeter, EnergyReading
 from trapetum.llama_step import UnsupportedModel
 from trapetum.models import Loaded
 from trapetum.records import Record
+from trapetum.shapes import require_kv
 from trapetum.text import load_text
 
 WARM_UP_TOKENS = 3
@@ -49,7 +51,8 @@ def decode(
         bits: of the codebook weights.
         lm_head: codes in the output head too.
         kv: how the cache is kept: "fp16" (as the activations), "int8" or "int4".
-        rows: tokens verified at once; above 1 the engine drafts by prompt lookup.
+        rows: tokens verified at once; above 1 the engine drafts by prompt lookup, `config.accepted` is the mean of tokens that
+            a step made, and `config.bytes` those of a step over it.
 
     Returns:
         `decode_speed` (tok/s; `config.context` is the mean number of cached tokens, `config.bytes` the bytes of one
@@ -69,7 +72,12 @@ def decode(
 
 
 def engine_options(kv: str = "fp16", rows: int = 1) -> dict:
-    """What an `Engine` is told of cache and rows: only what is not its default."""
+    """What an `Engine` is told of cache and rows: only what is not its default.
+
+    Raises:
+        ValueError: an unknown cache format.
+    """
+    require_kv(kv)
     return ({"kv": kv} if kv != "fp16" else {}) | ({"rows": rows} if rows != 1 else {})
 
 
@@ -152,8 +160,10 @@ class Run:
     def generate(self) -> list[Generation]:
         """Settle, then make the runs."""
         self.settle()
-        generations = [self.once() for _ in range(self._sizes.runs)]
-        self._accepted = accepted_a_step(generations)
+        with counted_steps(self.engine) as steps:
+            generations = [self.once() for _ in range(self._sizes.runs)]
+        if self.engine.rows > 1:
+            self._accepted = sum(len(g.token_s) for g in generations) / sum(steps)
         return generations
 
     @property
@@ -213,12 +223,24 @@ def _affordable(wanted: int, tokens: float) -> int:
     return count if count == wanted or count < 2 * WINDOW else count // WINDOW * WINDOW
 
 
-def accepted_a_step(generations: Sequence[Generation]) -> float | None:
-    """Mean tokens that a step of several rows made; None where the generations count no steps."""
-    steps = [getattr(g, "steps", None) for g in generations]
-    if not steps or not all(steps):
-        return None
-    return sum(len(g.token_s) for g in generations) / sum(steps)
+@contextmanager
+def counted_steps(engine: Engine) -> Iterator[list[int]]:
+    """Collect how many steps an engine of several rows queues; the list stays empty for one row, where steps are tokens."""
+    decoder, counts = engine._decoder, []
+    if engine.rows == 1:
+        yield counts
+        return
+    queue = decoder._queue
+
+    def counting(wanted: int) -> int:
+        counts.append(queue(wanted))
+        return counts[-1]
+
+    decoder._queue = counting
+    try:
+        yield counts
+    finally:
+        del decoder._queue
 
 
 def speed_samples(generations: Sequence[Generation]) -> list[float]:
