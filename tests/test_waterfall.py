@@ -149,6 +149,16 @@ def test_the_bridge_refuses_a_run_that_does_not_close():
         waterfall.compare(found(FP16, "fp16", "graph", total=9000.0), found(CODES, "codebook", "pdl"))
 
 
+def test_parts_are_checked_against_a_decode_of_its_own():
+    run = found(CODES, "codebook", "pdl")
+    config = {**run.token.config, "part": None}
+    speed = records.measured("decode_speed", [1e6 / (1.02 * run.us)], "codebook", config, CARD, {})
+    assert waterfall.explained(run, speed) == pytest.approx(1 / 1.02)
+    for key, other in (("stage", "graph"), ("context", 12.0), ("bits", 3)):
+        with pytest.raises(WaterfallError, match=f"the token has {key}"):
+            waterfall.explained(run, speed.replace(config={**config, key: other}))
+
+
 def test_product_bytes_are_the_weights_in_their_formats():
     codes = waterfall.product_bytes("codebook", 4, "fp16", "fp16", SHAPE)
     assert codes["ideal bytes"] == SHAPE.linear_weights // 2

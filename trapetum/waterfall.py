@@ -22,6 +22,7 @@ PARTS = (IDEAL, CODEBOOKS, HEAD, KERNEL, LAUNCHES, DISPATCH, OTHERS, CASTS, ATTE
 _SPLIT = (TOKEN, PRODUCTS, LEFT)
 _WITHIN_OTHERS = (LAUNCHES, DISPATCH, ATTENTION, NORMS, SAMPLING)
 TOLERANCE = 0.03
+_NEAR = 16  # tokens that two contexts may differ by and still count as one
 
 
 class WaterfallError(ValueError):
@@ -140,6 +141,26 @@ def find(pool: Iterable[Record], method: str | None = None, **config) -> Run | N
     """
     found = [run for run in runs(pool) if select([run.token], method=method, **config)]
     return found[-1] if found else None
+
+
+def explained(run: Run, speed: Record) -> float:
+    """The share of a decode's time per token that the parts of `run` add up to: an independent check, 1 is all of it.
+
+    Args:
+        run: a token taken apart.
+        speed: `decode_speed` (tok/s) of the same model, method and stage.
+
+    Raises:
+        WaterfallError: the two are of different things.
+    """
+    for key in ("model", "stage", "bits", "lm_head", "kv", "context"):
+        ours, other = run.token.config.get(key), speed.config.get(key)
+        same = abs(ours - other) <= max(_NEAR, 0.1 * other) if key == "context" else ours == other
+        if not same:
+            raise WaterfallError(
+                f"the token has {key} {ours} and the decode {other}; compare a token with its own decode."
+            )
+    return (run.us - run.missing_us) * speed.value / 1e6
 
 
 def compare(first: Run, second: Run, tolerance: float = TOLERANCE) -> list[Part]:
