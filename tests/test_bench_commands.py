@@ -38,7 +38,7 @@ def test_a_cache_that_the_stage_does_not_know_is_a_row():
 
 def test_context_and_breakdown_print_tables():
     assert "context_speed" in run("context", *TINY, "--context", 64, "--method", "codebook").stdout
-    said = run("breakdown", *TINY, "--stage", "lean").stdout
+    said = run("breakdown", *TINY, "--stage", "lean", "--method", "fp32", "--method", "codebook").stdout
     assert "attention and cache" in said
     bridge = [line for line in said.splitlines() if line.lstrip().startswith(("+", "-"))]
     assert bridge[0].endswith("fp32, lean (measured)") and bridge[-1].endswith(
