@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from trapetum.cli import app
+from trapetum import bench, generation
+from trapetum.cli import app, bench_app
 
 runner = CliRunner()
 COMMANDS = [
@@ -20,9 +21,15 @@ COMMANDS = [
     ["bench", "ladder"],
     ["bench", "crosscheck"],
     ["bench", "profile"],
+    ["bench", "context"],
+    ["bench", "agreement"],
+    ["bench", "breakdown"],
+    ["bench", "energy"],
+    ["bench", "standalone"],
     ["tune"],
     ["quantize"],
     ["generate"],
+    ["export"],
     ["perplexity"],
     ["verify"],
 ]
@@ -37,6 +44,15 @@ def run(*arguments, code=0):
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_has_an_example(command):
     assert f"Example: trapetum {' '.join(command)}" in run(*command, "--help").stdout
+
+
+def test_every_command_is_among_them():
+    named = {
+        (*at, c.callback.__name__)
+        for at, group in (((), app), (("bench",), bench_app))
+        for c in group.registered_commands
+    }
+    assert named == {tuple(command) for command in COMMANDS}
 
 
 def test_version():
@@ -83,6 +99,71 @@ def test_quantize_generate_perplexity(tmp_path):
     assert told["window"] == 512 and told["stride"] == 256 and 1 < told["value"] < 4096
 
 
+TINY = ["--model", "random:llama-tiny", "--profile", "smoke"]
+
+
+def test_bench_decode_beside_peers_and_in_turns():
+    found = json.loads(run("bench", "decode", *TINY, "--device", "cpu", "--peers", "--json").stdout)
+    assert {r["method"] for r in found} >= {"transformers-eager", "tinygemm-int4"}
+    only = run("bench", "decode", *TINY, "--device", "cpu", "--peer", "torchao-fp6").stdout
+    assert "decode_speed" not in only
+    assert (
+        "not measured: torchao-fp6, stage compiled: torchao-fp6 is a static cache with a compiled step"
+        in only
+    )
+    turns = json.loads(run("bench", "decode", *TINY, "--interleaved", "--bits", 3, "--json").stdout)
+    assert all(r["config"]["interleaved"] for r in turns)
+    assert {r["config"]["baseline"] for r in turns if r["quantity"] == "speedup"} >= {
+        "transformers-eager best dtype"
+    }
+    ours = [r for r in turns if r["method"] == "codebook"]
+    assert ours and all(r["config"]["bits"] == 3 for r in ours)
+
+
+def test_bench_standalone_hands_its_options_on(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(bench, "compare_runtimes", lambda *how: asked.append(how) or [])
+    options = ["-n", 64, "--rounds", 2, "--kv", "int8", "--keep", tmp_path / "kept", "--bits", 3]
+    assert "nothing could be measured" in run("bench", "standalone", *TINY, *options).stdout
+    assert asked == [("random:llama-tiny", "smoke", 64, 3, 2, "int8", tmp_path / "kept")]
+
+
+def test_a_refusal_is_a_sentence():
+    arguments = ["bench", "decode", *TINY, "--device", "cpu", "--stage", "lean", "--method", "codebook"]
+    said = run(*arguments, "--kv", "int8", "--rows", 2).stdout.splitlines()
+    (sentence,) = [line for line in said if line.startswith("not measured: ")]
+    assert sentence.startswith(
+        "not measured: 4-bit codebook, stage lean, kv int8, rows 2: a cache in int8 and"
+    )
+    assert not any("error" in line for line in said[:1])
+
+
+def test_generate_hands_its_options_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(generation, "run", lambda *how: asked.append(how) or RESULT)
+    options = ["--stage", "pdl", "--kv", "int8", "--rows", 4, "--temperature", 0.5, "--seed", 7]
+    said = run("generate", "builtin", *options).stdout
+    assert asked[0][3] == generation.How("pdl", "int8", 4, 0.5, 7)
+    assert (
+        "at stage pdl on cuda, cache in int8, 1.50 tokens a step of 4 rows, temperature 0.5: 3 tokens" in said
+    )
+
+
+RESULT = generation.Result(
+    "abc", 3, 0.1, 10.0, 1.0, None, "no counter.", "pdl", "cuda", "builtin", "int8", 4, 0.5, 1.5
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [generation.How("pdl", rows=4), generation.How("fused", "int8", 1, 0.8, 3)])
+def test_generate_with_drafts_and_with_draws(how):
+    prompt = "def f(self):\n    return self"
+    first, again = (generation.run("builtin", prompt, 48, how, 4, "cuda", lambda _: None) for _ in range(2))
+    assert first.text == again.text and 1 <= first.tokens <= 48
+    assert 1 <= first.tokens_a_step <= how.rows
+    assert (first.stage, first.kv, first.rows) == (how.stage, how.kv, how.rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +176,25 @@ def test_quantize_generate_perplexity(tmp_path):
         (["perplexity", "builtin", "--text", "missing.txt"], "missing.txt"),
         (["perplexity", "builtin", "--text", "a", "--dataset", "b"], "give --text or --dataset, not both."),
         (["generate", "random:llama-900b"], "llama-900b"),
+        (
+            ["generate", "builtin", "--kv", "int2"],
+            "the cache format 'int2' is unknown; the formats are fp16, int8, int4.",
+        ),
+        (
+            ["generate", "builtin", "--device", "cpu", "--rows", "4"],
+            "steps of 4 rows need the stage fused or pdl, not 'lean'.",
+        ),
+        (["generate", "builtin", "--device", "cpu", "--temperature", "1"], "the stage 'lean' is greedy"),
+        (
+            ["bench", "decode", "--peers", "--kv", "int8", "--stage", "graph"],
+            "--peers does not take --stage, --kv",
+        ),
+        (["bench", "decode", "--interleaved", "--device", "cuda"], "--interleaved does not take --device"),
+        (
+            ["bench", "decode", "--interleaved", "--bits", "4", "--bits", "3"],
+            "give --bits once, not 2 times.",
+        ),
+        (["bench", "decode", "--peer", "magic"], "peer 'magic' is unknown; it is one of"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message):

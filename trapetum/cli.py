@@ -32,7 +32,10 @@ Device = Annotated[str, typer.Option(help="Where to measure: auto, cpu or cuda."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Save = Annotated[Path | None, typer.Option(help="Also append the records to this JSON Lines file.")]
 Model = Annotated[str, typer.Argument(help="builtin, a hub id, a directory, or random:<shape>.")]
-Stage = Annotated[str | None, typer.Option(help="naive, cast_free, and graph (CUDA) or lean (CPU).")]
+Stage = Annotated[
+    str | None,
+    typer.Option(help="naive, cast_free, and graph, fused, pdl (CUDA) or lean (CPU); default the last."),
+]
 
 
 def _one_sentence(command: Callable) -> Callable:
@@ -158,6 +161,7 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
         key
         for key in (
             "stage",
+            "runtime",
             "model",
             "in_features",
             "out_features",
@@ -176,7 +180,7 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
             "context",
             "kv",
             "accounting",
-            "error",
+            "baseline",
         )
         if any(key in r.config for r in found)
     ]
@@ -187,6 +191,17 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for reason in sorted({r.why_suspect for r in found if r.suspect}):
         typer.echo(f"suspect: {reason}")
+    for refusal in dict.fromkeys(_refusal(r) for r in found if r.quantity == "call_accepted" and not r.value):
+        typer.echo(refusal)
+
+
+def _refusal(record) -> str:
+    """What could not be measured, and why, as a sentence."""
+    config = record.config
+    bits = f"{config['bits']}-bit " if record.method == "codebook" and config.get("bits") else ""
+    where = [f"{word} {config[word]}" for word in ("stage", "context", "kv", "rows") if config.get(word)]
+    what = ", ".join([bits + record.method, *where])
+    return f"not measured: {what}: {config.get('error', 'no reason was recorded')}"
 
 
 def _row(record, keys: list[str]) -> list[str]:
@@ -401,9 +416,17 @@ Stages = Annotated[list[str] | None, typer.Option("--stage", help="Only these st
 DecodeModel = Annotated[str | None, typer.Option("--model", help="As for generate; default by device.")]
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Codes in the output head too.")]
 Kv = Annotated[str, typer.Option(help="The cache: fp16 (as the activations), int8 or int4.")]
+DraftRows = Annotated[int, typer.Option(min=1, help="Tokens verified at once; above 1 with drafts.")]
 
 
-@_command(bench_app, "trapetum bench decode --model random:llama-2-7b --stage graph")
+def _alone(option: str, **others) -> None:
+    """Refuse options that mean nothing beside `option`; `others` are those that were given."""
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value]
+    if given:
+        raise ValueError(f"{option} does not take {', '.join(given)}; leave that out.")
+
+
+@_command(bench_app, "trapetum bench decode --model random:llama-2-7b --stage pdl")
 def decode(
     model: DecodeModel = None,
     stage: Stages = None,
@@ -412,16 +435,62 @@ def decode(
     new_tokens: Annotated[int | None, typer.Option("-n", min=2, help="Tokens a run.")] = None,
     lm_head: LmHead = False,
     kv: Kv = "fp16",
-    rows: Annotated[int, typer.Option(min=1, help="Tokens verified at once; above 1 with drafts.")] = 1,
+    rows: DraftRows = 1,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Other people's code instead: transformers, tinygemm, torchao.")
+    ] = False,
+    peer: Annotated[list[str] | None, typer.Option(help="Only these peers; may be repeated.")] = None,
+    interleaved: Annotated[
+        bool, typer.Option("--interleaved", help="On the CPU, in turns with transformers.")
+    ] = False,
     profile: Profile = "quick",
     device: Device = "auto",
     json_output: Json = False,
     save: Save = None,
 ) -> None:
-    """Measure decode speed and memory, each method at each stage."""
+    """Measure decode speed and memory, each method at each stage; or peers; or in turns with transformers."""
     from trapetum import bench
 
-    found = bench.decode(model, device, stage, profile, new_tokens, method, bits or (4,), lm_head, kv, rows)
+    peers, other = (
+        peers or bool(peer),
+        {"stage": stage, "method": method, "kv": kv != "fp16", "rows": rows != 1},
+    )
+    if peers:
+        _alone("--peers", interleaved=interleaved, bits=bits, lm_head=lm_head, **other)
+        found = bench.decode_peers(model, device, profile, new_tokens, peer)
+    elif interleaved:
+        _alone("--interleaved", device=device == "cuda", **other)
+        found = bench.decode_interleaved(model, profile, new_tokens, bits=_one(bits), lm_head=lm_head)
+    else:
+        found = bench.decode(
+            model, device, stage, profile, new_tokens, method, bits or (4,), lm_head, kv, rows
+        )
+    _print_records(found, json_output, save)
+
+
+def _one(bits: list[int] | None) -> int:
+    """The one number of bits asked for."""
+    if bits and len(bits) > 1:
+        raise ValueError(f"give --bits once, not {len(bits)} times.")
+    return bits[0] if bits else 4
+
+
+@_command(bench_app, "trapetum bench standalone --model random:llama-2-7b --profile full")
+def standalone(
+    model: DecodeModel = None,
+    bits: Annotated[int, typer.Option(help="Bits of the codebook weights.")] = 4,
+    new_tokens: Annotated[int | None, typer.Option("-n", min=2, help="Tokens of each turn.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each; default by profile.")] = None,
+    kv: Kv = "fp16",
+    keep: Annotated[Path | None, typer.Option(help="A new directory to keep the export in.")] = None,
+    profile: Profile = "quick",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Decode on the GPU with the Python engine and with the exported C++ program, in turns."""
+    from trapetum import bench
+
+    found = bench.compare_runtimes(model, profile, new_tokens, bits, rounds, kv, keep)
     _print_records(found, json_output, save)
 
 
@@ -616,14 +685,19 @@ def generate(
     new_tokens: Annotated[int, typer.Option("-n", min=2, help="Tokens to make.")] = 64,
     stage: Stage = None,
     bits: Annotated[int | None, typer.Option(help="Quantize to so many bits first.")] = None,
+    kv: Kv = "fp16",
+    rows: DraftRows = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
-    """Generate greedily, streaming the text; then say tok/s, GB/s and J/token."""
+    """Generate, streaming the text; then say tok/s, GB/s and J/token."""
     from trapetum import generation
 
     say = (lambda piece: None) if json_output else _write_piece
-    result = generation.run(model, prompt, new_tokens, stage, bits, device, say)
+    how = generation.How(stage, kv, rows, temperature, seed)
+    result = generation.run(model, prompt, new_tokens, how, bits, device, say)
     if json_output:
         typer.echo(json.dumps(asdict(result), indent=1))
         return

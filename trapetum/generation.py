@@ -1,16 +1,37 @@
 """`trapetum generate`: text in, text streamed out, and what it cost per token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 
 from trapetum import machine, models
+from trapetum.bench.generating import counted_steps, engine_options
 from trapetum.bench.variants import Variant
 from trapetum.decode import Engine, Generation, stages
 from trapetum.energy import EnergyMeter
 
 _UNFINISHED = "\ufffd"  # what a tokenizer prints for half a character
+
+
+@dataclass(frozen=True)
+class How:
+    """How to decode.
+
+    Attributes:
+        stage: of `decode.stages(device)`; None for the last.
+        kv: the cache: "fp16" (as the activations), "int8" or "int4".
+        rows: tokens verified at once; above 1 the others are drafts, looked up in the text so far.
+        temperature: 0 for greedy; above, tokens after the first are drawn from softmax(logits / temperature).
+        seed: of the draws.
+    """
+
+    stage: str | None = None
+    kv: str = "fp16"
+    rows: int = 1
+    temperature: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,8 @@ class Result:
         gbps: bytes of weights and cache moved a second, GB/s.
         joules_per_token: gross, or None where energy cannot be measured.
         why_no_energy: the reason, or an empty string.
-        stage, device, model: how it ran.
+        stage, kv, rows, temperature, device, model: how it ran.
+        tokens_a_step: mean of tokens that a step made; above 1 only with drafts that held.
     """
 
     text: str
@@ -38,6 +60,10 @@ class Result:
     stage: str
     device: str
     model: str
+    kv: str = "fp16"
+    rows: int = 1
+    temperature: float = 0.0
+    tokens_a_step: float = 1.0
 
 
 def encode(loaded: models.Loaded, text: str) -> torch.Tensor:
@@ -84,7 +110,7 @@ def run(
     model: str,
     prompt: str,
     new_tokens: int,
-    stage: str | None = None,
+    how: How | None = None,
     bits: int | None = None,
     device: str = "auto",
     say: Callable[[str], None] = print,
@@ -95,35 +121,56 @@ def run(
         model: as for `models.load`.
         prompt: text to go on from, repeated first.
         new_tokens: at most so many; fewer where the text ends.
-        stage: of `decode.stages(device)`; default the last.
+        how: stage, cache, drafts and sampling; None for the device's last stage, greedy.
         bits: quantize first (random codes for random weights).
+        device: "auto", "cpu" or "cuda".
         say: takes each piece of text as it arrives.
+
+    Raises:
+        ValueError: an unknown cache format, or what the stage cannot do.
+        ModelError: the model cannot be had.
     """
+    how = how or How()
+    options = engine_options(how.kv, how.rows)  # refuses an unknown cache before a model is loaded
     device = machine.choose_device(device)
+    how = replace(how, stage=how.stage or stages(device)[-1])
     loaded = _load(model, bits, device)
-    stage = stage or stages(device)[-1]
     ids = _prompt_ids(loaded, prompt)
-    engine = Engine(loaded.model, stage, max_context=len(ids) + new_tokens)
+    engine = Engine(loaded.model, how.stage, max_context=len(ids) + new_tokens, **options)
     if loaded.tokenizer is not None:
         say(prompt)
     stream, meter = _Stream(loaded.tokenizer, say), EnergyMeter(device)
     eos = getattr(loaded.tokenizer, "eos_token_id", None)
-    if meter.available:
-        with meter:
-            made = engine.generate(ids, new_tokens, stream, eos)
-    else:
-        made = engine.generate(ids, new_tokens, stream, eos)
+    with counted_steps(engine) as steps, meter if meter.available else nullcontext():
+        made = engine.generate(ids, new_tokens, stream, eos, how.temperature, how.seed)
     joules = meter.reading.joules / len(made.tokens) if meter.available else None
-    return _result(loaded, made, stream.text, joules, meter.why_not, stage, device, len(ids))
+    energy = joules, meter.why_not
+    return _result(loaded, made, stream.text, energy, how, device, len(ids), _tokens_a_step(made, steps))
 
 
-def _result(loaded, made: Generation, text, joules, why, stage, device, prompt_tokens) -> Result:
+def _tokens_a_step(made: Generation, steps: list[int]) -> float:
+    """Mean of tokens that a step made; 1 where steps are tokens and nothing was counted."""
+    return len(made.token_s) / sum(steps) if sum(steps) and made.token_s else 1.0
+
+
+def _result(
+    loaded: models.Loaded,
+    made: Generation,
+    text: str,
+    energy: tuple[float | None, str],
+    how: How,
+    device: str,
+    prompt_tokens: int,
+    tokens_a_step: float,
+) -> Result:
     method = "codebook" if models.is_quantized(loaded.model) else "dense"
     context = prompt_tokens + len(made.tokens) / 2
-    token_bytes = Variant(method, loaded, {}).token_bytes(context)
+    step_bytes = Variant(method, loaded, {}).token_bytes(context, how.kv)
     speed = made.tokens_per_s
+    gbps = step_bytes * speed / tokens_a_step / 1e9
     return Result(
-        text, len(made.tokens), made.ttft_s, speed, token_bytes * speed / 1e9, joules, why, stage, device, loaded.name
+        text, len(made.tokens), made.ttft_s, speed, gbps, *energy, how.stage, device, loaded.name,
+        how.kv, how.rows, how.temperature, tokens_a_step,
     )  # fmt: skip
 
 
@@ -134,8 +181,13 @@ def describe(result: Result) -> str:
         if result.joules_per_token is not None
         else f"J/token not measured: {result.why_no_energy}"
     )
+    more = [
+        f", cache in {result.kv}" if result.kv != "fp16" else "",
+        f", {result.tokens_a_step:.2f} tokens a step of {result.rows} rows" if result.rows > 1 else "",
+        f", temperature {result.temperature:g}" if result.temperature else "",
+    ]
     return (
-        f"{result.model} at stage {result.stage} on {result.device}: {result.tokens} tokens, "
+        f"{result.model} at stage {result.stage} on {result.device}{''.join(more)}: {result.tokens} tokens, "
         f"first after {1e3 * result.ttft_s:.0f} ms\n"
         f"{result.tokens_per_s:.1f} tok/s, {result.gbps:.1f} GB/s of weights and cache, {energy}"
     )

@@ -10,6 +10,8 @@ model_shapes the matrices that a model's config names
 ladder       the numbered GPU kernels, and their instructions per weight
 profiled     one kernel under Nsight Compute
 variants     one model in several weights              generating  decode speed, memory, energy
+decode_peers decodes by other people's code            transformers_decoding, torchao_models   how they decode
+decode_interleaved   in turns with transformers, on a CPU
 contexts     speed and memory against the context      agreement   tokens and logits beside transformers'
 breakdown    a token's time, part by part              launches    what a launch costs, and how many there are
 standalone   the C++ program beside the Python engine  accuracy    perplexity and weight error
@@ -21,6 +23,8 @@ from trapetum.bench.batch import small_batches
 from trapetum.bench.breakdown import breakdown
 from trapetum.bench.contexts import context
 from trapetum.bench.crosscheck import compare_timers
+from trapetum.bench.decode_interleaved import decode_interleaved
+from trapetum.bench.decode_peers import PEERS, decode_peers
 from trapetum.bench.generating import decode, energy
 from trapetum.bench.ladder import ladder, ladder_instructions
 from trapetum.bench.model_shapes import shapes_of
@@ -32,6 +36,7 @@ from trapetum.bench.standalone import compare_runtimes
 from trapetum.bench.unpacking import dequant, gemv_chain
 
 __all__ = [
+    "PEERS",
     "PROFILES",
     "Sizes",
     "agreement",
@@ -41,6 +46,8 @@ __all__ = [
     "compare_timers",
     "context",
     "decode",
+    "decode_interleaved",
+    "decode_peers",
     "dequant",
     "energy",
     "gemv",
