@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from trapetum import figures, hardware, law, law_cards, records, waterfall
+from trapetum import bench, figures, hardware, law, law_cards, records, waterfall
 from trapetum.figures import pareto_state, style
 from trapetum.paths import PUBLISHED
 from trapetum.shapes import MODELS
@@ -241,6 +241,49 @@ def test_decode_stages_say_bandwidth_and_share_of_the_bound():
     figure = figures.decode_stages([r for r in decode_records() if r.quantity == "decode_speed"], ROOF)
     text = words(figure)
     assert "36% of bound" in text and "byte bound at 3,190 GB/s" in text and "mean context 288" in text
+
+
+def test_decodes_in_turns_are_not_drawn_and_the_cache_is_named():
+    config = {
+        "model": "random:llama-2-7b",
+        "context": 288.0,
+        "new_tokens": 512,
+        "bits": 4,
+        "linears": "codebook",
+    }
+    config |= {"stage": "pdl", "bytes": 3_690_000_000}
+    plain = make("decode_speed", 500, "codebook", config)
+    small = make("decode_speed", 520, "codebook", config | {"kv": "int8", "rows": 4})
+    turn = make("decode_speed", 400, "codebook", config | {"beside": "c++"})
+    round_ = make("decode_speed", 401, "codebook", config | {"interleaved": True})
+    early = make("decode_speed", 40, "codebook", config | {"stage": "naive"})
+    memory = make("decode_memory", 4.0, "codebook", config)
+    pool = [plain, small, turn, round_, early, memory]
+    figure = figures.decode_stages(pool, ROOF)
+    assert {bar.name for bar in figure.data if bar.type == "bar"} == {
+        "codebook 4-bit",
+        "codebook 4-bit, kv int8, 4 rows",
+    }
+    assert list(figure.layout.xaxis.ticktext) == ["naive", "pdl"]
+    points = {p.label: p for p in figures.tradeoffs(pool)}
+    assert {p.values["tok_s"] for p in points.values()} == {500, 520, 40}
+    ours, quantized = points["codebook 4-bit, pdl"], points["codebook 4-bit, pdl, kv int8, 4 rows"]
+    assert ours.kinds["memory_gb"] == "measured" and quantized.kinds["memory_gb"] == "derived"
+    assert 0.5 < quantized.kv_bytes / ours.kv_bytes < 0.6
+
+
+def test_every_peer_has_a_colour_of_its_own():
+    drawn = [*bench.PEERS, "codebook", "fp16", "bf16", "fp32"]
+    assert set(drawn) <= set(style.PALETTE)
+    assert len({style.PALETTE[method] for method in drawn}) == len(drawn)
+
+
+def test_transformers_is_labelled_by_its_dtype():
+    labels = {
+        figures.label_of(make("decode_speed", 10, "transformers-eager", {"bits": 16, "dtype": dtype}))
+        for dtype in ("fp16", "bf16")
+    }
+    assert labels == {"transformers-eager fp16", "transformers-eager bf16"}
 
 
 def token_run(parts, method, stage, total=None):

@@ -1,15 +1,16 @@
 """Whole decode steps: speed by stage against the byte bound."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
 
 from trapetum.figures.style import (
     ROOF_COLOUR,
     add_key,
+    by_itself,
     colour,
+    decode_label,
     digits,
-    label_of,
     method_of,
     new_figure,
     nothing,
@@ -28,18 +29,19 @@ def decode_stages(
     """Tokens a second by stage and method, with GB/s and the share of the byte bound on each bar.
 
     Args:
-        records: `decode_speed` records with `config.stage` and `config.bytes` (of one token).
+        records: `decode_speed` records with `config.stage` and `config.bytes` (of one token); those taken in turns with
+            others are left out.
         roof_gbps: read bandwidth: the bound is `roof_gbps / bytes` tokens a second.
         title: above the figure.
     """
-    found = [r for r in records if r.quantity == "decode_speed"]
+    found = [r for r in records if r.quantity == "decode_speed" and by_itself(r)]
     if not found:
         return nothing(title, "No decode has been measured yet.")
     figure = new_figure(title, provenance(found, _what(found)), height=480)
-    stages = list(dict.fromkeys(_stage(r) for r in found))
+    stages = _in_order(dict.fromkeys(_stage(r) for r in found))
     groups: dict[str, list[Record]] = {}
     for r in found:
-        groups.setdefault(label_of(r), []).append(r)
+        groups.setdefault(decode_label(r), []).append(r)
     for number, (name, group) in enumerate(groups.items()):
         offset, width = (number - (len(groups) - 1) / 2) * 0.84 / len(groups), 0.76 / len(groups)
         x = [stages.index(_stage(r)) + offset for r in group]
@@ -58,6 +60,14 @@ def decode_stages(
 
 def _stage(record: Record) -> str:
     return str(record.config.get("stage") or record.config.get("host") or "stage not said")
+
+
+def _in_order(stages: Iterable[str]) -> list[str]:
+    """Stages as a model goes through them; names that are none of an engine's come last."""
+    from trapetum.decode import stages as stages_of
+
+    known = [*stages_of("cuda"), *stages_of("cpu")]
+    return sorted(stages, key=lambda stage: known.index(stage) if stage in known else len(known))
 
 
 def _what(records: Sequence[Record]) -> str:

@@ -3,7 +3,7 @@
 import colorsys
 import textwrap
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import plotly.graph_objects as go
@@ -41,6 +41,14 @@ PALETTE = {
     "tinygemm-int4": "#e08e0b",
     "torch-int4": "#c2571a",
     "torchao-int4": "#d49a4a",
+    "torchao-int4wo-64": "#a86b00",
+    "torchao-int8wo": "#d2691e",
+    "torchao-int8dq": "#8f3f12",
+    "torchao-fp6": "#b07d62",
+    "torchao-autoquant": "#c23b22",
+    "torchao-sparse-24": "#7d4f50",
+    "transformers-eager": "#a39a88",
+    "transformers-compiled": "#75695a",
     "marlin": "#c9a227",
     "gemlite": "#a3602f",
     "any-precision": "#7fa32a",
@@ -128,15 +136,33 @@ def method_of(record: Record) -> str:
 def label_of(record: Record, chain: bool = True) -> str:
     """A record's method as a reader sees it, e.g. `codebook 4-bit (pdl)`."""
     words = [method_of(record)]
-    bits = record.config.get("bits")
+    bits, dtype = record.config.get("bits"), record.config.get("dtype")
     says_it = method_of(record).endswith(("fp16", "bf16", "fp32")) or method_of(record) == "fp"
-    if bits is not None and not says_it:
+    if record.method.startswith("transformers-") and dtype:
+        words.append(dtype)  # two of them have 16 bits
+    elif bits is not None and not says_it:
         words.append(f"{bits:g}-bit")
     if record.config.get("n_codes") == 64:
         words.append("64 codes")
     if chain and record.config.get("chain") == "pdl":
         words.append("(pdl)")
     return " ".join(words)
+
+
+def decode_label(record: Record) -> str:
+    """`label_of` a decode, with what is unusual of its cache and its steps, e.g. `codebook 4-bit, kv int8, 4 rows`."""
+    return ", ".join([label_of(record), *unusual(record.config)])
+
+
+def unusual(config: Mapping) -> list[str]:
+    """In words, how a decode differs from one with a 16-bit cache and one token a step."""
+    kv, rows = config.get("kv"), config.get("rows") or 1
+    return [*([f"kv {kv}"] if kv in ("int8", "int4") else []), *([f"{rows} rows"] if rows > 1 else [])]
+
+
+def by_itself(record: Record) -> bool:
+    """Whether a decode was timed alone: not in turns with another one, nor as one side of a comparison."""
+    return not record.config.get("beside") and not record.config.get("interleaved")
 
 
 def stale(record: Record) -> bool:

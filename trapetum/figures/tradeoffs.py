@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from trapetum import hardware
 from trapetum.figures.accuracy import protocol_of
-from trapetum.figures.style import device_name, label_of, stale
+from trapetum.figures.style import by_itself, device_name, label_of, stale, unusual
 from trapetum.records import Record, select
-from trapetum.shapes import MODELS
+from trapetum.shapes import KV_BLOCK, MODELS, ModelShape
 
 AXES = ("tok_s", "memory_gb", "loss_pct", "j_per_token")
 NOT_SYSTEMS = ("byte-limit", "no-linears", "read")
@@ -128,7 +128,7 @@ def tradeoffs(records: Sequence[Record]) -> list[Point]:
 
     Args:
         records: any; `decode_speed`, `decode_memory`, `energy_per_token` (gross), `perplexity` and `read_bandwidth`
-            are used.
+            are used. Decodes taken in turns with others are left out.
     """
     roofs = _roofs(records)
     losses = _losses(records)
@@ -138,7 +138,7 @@ def tradeoffs(records: Sequence[Record]) -> list[Point]:
     }
     made: dict[tuple, Point] = {}
     for speed in select(records, quantity="decode_speed"):
-        if speed.method not in NOT_SYSTEMS and canonical_model(speed):
+        if speed.method not in NOT_SYSTEMS and canonical_model(speed) and by_itself(speed):
             for point in _points_of(speed, pool, losses, roofs):
                 made.setdefault(
                     (point.label, point.device, point.model, *sorted(point.values.items())), point
@@ -189,7 +189,8 @@ def _partner(speed: Record, candidates: Sequence[Record]) -> Record | None:
     """The record of the same run: nothing that must agree differs, and most of what should agree does."""
 
     def differs(r: Record) -> bool:
-        return any(r.config.get(k) not in (None, speed.config.get(k)) for k in _MUST_AGREE)
+        other = any(r.config.get(k) not in (None, speed.config.get(k)) for k in _MUST_AGREE)
+        return other or unusual(r.config) != unusual(speed.config)
 
     def agreement(r: Record) -> int:
         return sum(r.config.get(k) == speed.config.get(k) for k in (*_MUST_AGREE, *_SHOULD_AGREE))
@@ -240,7 +241,8 @@ def _points_of(speed: Record, pool: dict, losses: dict, roofs: dict[str, float])
 
 
 def _is_dense(speed: Record) -> bool:
-    return speed.config.get("linears") == "dense" or (speed.config.get("bits") or 0) >= 16
+    whole = (speed.config.get("bits") or 0) >= 16 and not speed.config.get("sparsity")
+    return speed.config.get("linears") == "dense" or whole
 
 
 def _quantizers(speed: Record) -> tuple[str, ...]:
@@ -253,20 +255,27 @@ def _name(speed: Record) -> str:
         str(c[k]) for k in ("stage", "host", "format", "quant") if c.get(k) and str(c[k]) not in speed.method
     ]
     flags = [word for key, word in (("flash_attention", "flash"), ("estimate", "estimate")) if c.get(key)]
-    return ", ".join([label_of(speed), *more, *flags])
+    return ", ".join([label_of(speed), *more, *unusual(c), *flags])
 
 
 def _point(
     speed: Record, label: str, values: dict, kinds: dict, records: dict, roofs: dict[str, float]
 ) -> Point:
     device, model = canonical_device(speed), canonical_model(speed)
-    shape, width = MODELS.get(model), 4 if speed.config.get("dtype") == "fp32" else 2
+    shape = MODELS.get(model)
     return Point(
         label, _name(speed), speed.method, speed.config.get("bits"), device, model, values, kinds, records,
-        context=_context(speed), kv_bytes=shape.kv_bytes(1, width) if shape else None,
+        context=_context(speed), kv_bytes=_kv_bytes(shape, speed.config) if shape else None,
         roof_gbps=roof_of(device, roofs), suspect=any(r.suspect for r in records.values()),
         stale=any(stale(r) for r in records.values()),
     )  # fmt: skip
+
+
+def _kv_bytes(shape: ModelShape, config: dict) -> float:
+    """Bytes that one more cached token adds to what a step reads."""
+    if config.get("kv") in ("int8", "int4"):
+        return shape.layers * shape.kv_block_bytes(config["kv"]) / KV_BLOCK
+    return shape.kv_bytes(1, 4 if config.get("dtype") == "fp32" else 2)
 
 
 def _context(speed: Record) -> float | None:
