@@ -77,7 +77,7 @@ def test_a_broken_stage_is_caught(monkeypatch):
         logits[:, 0] = 1.0
         return logits
 
-    monkeypatch.setattr(agreeing, "forced_logits", wrong)
+    monkeypatch.setattr(Engine, "forced_logits", wrong)
     rows = bench.agreement(TINY, "cpu", ["lean"], "smoke", prompts=3)
     teacher_forced = [r for r in rows if r.config["variant"] == "tokens"]
     assert teacher_forced[0].value < 0.5
@@ -91,7 +91,7 @@ def test_forced_logits_are_those_of_a_full_forward_pass(stage):
     with torch.inference_mode():
         whole = loaded.model(ids[None]).logits[0]
     engine = Engine(loaded, stage, max_context=16)
-    forced = agreeing.forced_logits(engine, ids[:5].tolist(), ids[5:].tolist())
+    forced = engine.forced_logits(ids[:5].tolist(), ids[5:].tolist())
     assert torch.allclose(forced, whole[4:], atol=1e-5)
 
 

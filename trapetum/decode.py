@@ -10,21 +10,32 @@
 Dense and codebook weights go through the same stages, so both get every improvement.
 """
 
+import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from trapetum.architectures import shape_of
+from trapetum.cuda_token import MAX_ROWS
 from trapetum.decoders import FusedDecoder, GraphDecoder, LeanDecoder, TreeDecoder
+from trapetum.fused_step import FusedStep
+from trapetum.kv_cache import KINDS
+from trapetum.llama_step import activation_dtype
+from trapetum.memory import memory_estimate
 from trapetum.models import Loaded
+from trapetum.swap import codebook_layers
 
 STAGES = ("naive", "cast_free", "graph", "fused", "pdl")
 FUSED_STAGES = ("fused", "pdl")
 TOKENS_A_GRAPH = 8  # at the stage pdl
 _CPU_STAGES = ("naive", "cast_free", "lean")
+_Made = TypeVar("_Made")
 
 
 class DecodeError(ValueError):
@@ -69,6 +80,10 @@ class Engine:
         kv: how the cache is kept, "fp16" (the activations' dtype), "int8" or "int4"; quantized only at fused and pdl.
         rows: tokens fed a step; with more than 1 the others are drafts by prompt lookup, which the step verifies (fused and
             pdl), and the tokens are those of greedy decoding with this many rows.
+
+    Raises:
+        DecodeError: a stage, cache or number of rows that there is not, or not enough memory.
+        UnsupportedModel: the stage does not know the model; the message says which does.
     """
 
     def __init__(self, loaded, stage: str, max_context: int = 1024, kv: str = "fp16", rows: int = 1):
@@ -77,7 +92,8 @@ class Engine:
         self.stage, self.max_context = stage, min(max_context, self.model.config.max_position_embeddings)
         self.kv, self.rows = kv, rows
         self._vocab = self.model.get_input_embeddings().weight.shape[0]
-        self._decoder = self._make_decoder()
+        self._require_options()
+        self._decoder = self._with_memory(self._make_decoder)
 
     def _one_device(self) -> torch.device:
         tensors = list(self.model.parameters()) + list(self.model.buffers())
@@ -88,25 +104,89 @@ class Engine:
             )
         return tensors[0].device
 
-    def _make_decoder(self):
+    def _require_options(self) -> None:
         if self.stage not in stages(self.device):
             raise DecodeError(
                 f"no stage {self.stage!r} on {self.device.type}; choose one of {', '.join(stages(self.device))}."
             )
-        if self.stage in FUSED_STAGES:
-            pdl = self.stage == "pdl"
-            several = TOKENS_A_GRAPH if pdl else 1
-            return FusedDecoder(self.model, self.max_context, self.kv, self.rows, pdl, several)
-        if self.kv != "fp16" or self.rows != 1:
+        if self.kv not in KINDS:
+            raise DecodeError(f"the cache can be kept in {', '.join(KINDS)}, not {self.kv!r}.")
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise DecodeError(f"a step feeds 1 to {MAX_ROWS} rows, not {self.rows}.")
+        if self.max_context < 2:
+            raise DecodeError(
+                f"a context of {self.max_context} has no room for a prompt and an answer; take at least 2."
+            )
+        if self.stage not in FUSED_STAGES and (self.kv != "fp16" or self.rows != 1):
             raise DecodeError(
                 f"a cache in {self.kv} and steps of {self.rows} rows need the stage {' or '.join(FUSED_STAGES)}, "
                 f"not {self.stage!r}."
             )
+
+    def _make_decoder(self):
+        if self.stage in FUSED_STAGES:
+            pdl = self.stage == "pdl"
+            several = TOKENS_A_GRAPH if pdl else 1
+            return FusedDecoder(self.model, self.max_context, self.kv, self.rows, pdl, several)
         if self.stage == "graph":
             return GraphDecoder(self.model, self.max_context)
         if self.stage == "lean":
             return LeanDecoder(self.model, self.max_context)
         return TreeDecoder(self.model, self.stage == "naive", self.max_context)
+
+    @property
+    def step(self) -> FusedStep | None:
+        """The step of this package's own kernels, at the stages fused and pdl."""
+        return getattr(self._decoder, "step", None)
+
+    @property
+    def steps(self) -> int:
+        """Steps queued so far, at the stages fused and pdl; with drafts a step makes one token or more."""
+        return getattr(self._decoder, "steps", 0)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What `without` can leave out at this stage."""
+        return self._decoder.parts
+
+    # Memory
+
+    def _with_memory(self, work: Callable[[], _Made], prompt: int = 0) -> _Made:
+        """Do `work`; where memory does not suffice, give back what it took and say how much it needs."""
+        try:
+            return work()
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        # Only here is the error gone, and with it the frames that hold what was made before it.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise DecodeError(self._no_memory(prompt))
+
+    def _no_memory(self, prompt: int) -> str:
+        cache, rest = self._needed(prompt)
+        free = "are free"
+        if self.device.type == "cuda":
+            free = f"{_gb(torch.cuda.mem_get_info(self.device)[0])} are free"
+        words = f" and a prompt of {prompt} tokens" if prompt else ""
+        kinds = list(KINDS)[list(KINDS).index(self.kv) + 1 :] if self.stage in FUSED_STAGES else []
+        smaller = f", kv={' or '.join(repr(kind) for kind in kinds)}" if kinds else ""
+        return (
+            f"a context of {self.max_context}{words} at the stage {self.stage!r} needs about {_gb(cache + rest)} beside the "
+            f"weights, {_gb(cache)} of it for the {self.kv} cache, more than {free} on {self.device}: choose a shorter "
+            f"max_context{smaller}, or weights of fewer bits."
+        )
+
+    def _needed(self, prompt: int) -> tuple[int, int]:
+        """Estimated bytes of the cache, and of what else is needed beside the weights."""
+        bits = [layer.bits for _, layer in codebook_layers(self.model)]
+        shape, bits = shape_of(self.model.config, "this model"), min(bits, default=None)
+        parts = memory_estimate(shape, bits, self.max_context, self.kv, rows=self.rows, prompt=prompt)
+        wide = activation_dtype(self.model).itemsize // 2  # the estimate is of 16-bit activations
+        return wide * parts["KV cache"], wide * (parts["activations"] + parts["prefill"])
+
+    # Generation
 
     def _checked(self, prompt_ids, new_tokens: int) -> Tensor:
         ids = torch.as_tensor(prompt_ids, dtype=torch.long).reshape(-1)
@@ -133,6 +213,29 @@ class Engine:
             f"{self.max_context}: ask for fewer tokens, or {cure}."
         )
 
+    def _require_tokens(self, temperature: float) -> None:
+        if temperature and self.stage not in FUSED_STAGES:
+            raise DecodeError(
+                f"the stage {self.stage!r} is greedy; sampling needs the stage {' or '.join(FUSED_STAGES)}."
+            )
+        if temperature and self.rows > 1:
+            raise DecodeError(
+                f"an engine of {self.rows} rows verifies drafts greedily and cannot sample at temperature {temperature}; make "
+                "it with rows=1."
+            )
+        if self.step is not None and "sampling" in self.step.without:
+            raise DecodeError(
+                "without sampling no token is ever chosen, so there is nothing to generate; time such steps with step_times."
+            )
+
+    def _prepare(self, prompt: int, count: int) -> None:
+        self._with_memory(lambda: self._decoder.prepare(prompt, count))
+
+    def _stream(self, ids: Tensor, count: int, sampling: dict) -> Iterator[int]:
+        """Tokens as they come; the first comes with the prefill, which memory may not suffice for."""
+        made = self._decoder.tokens(ids, count, **sampling)
+        return chain([self._with_memory(lambda: next(made), len(ids))], made)
+
     def generate(
         self,
         prompt_ids: Sequence[int] | Tensor,
@@ -153,18 +256,16 @@ class Engine:
             seed: of the draws.
 
         Raises:
-            DecodeError: empty prompt, a token outside the vocabulary, no room in the context, or sampling at another stage.
+            DecodeError: empty prompt, a token outside the vocabulary, no room in the context, not enough memory, sampling
+                at another stage or with drafts, or a step that chooses no token.
         """
-        if temperature and self.stage not in FUSED_STAGES:
-            raise DecodeError(
-                f"the stage {self.stage!r} is greedy; sampling needs the stage {' or '.join(FUSED_STAGES)}."
-            )
+        self._require_tokens(temperature)
         ids = self._checked(prompt_ids, new_tokens)
         stop = {eos} if isinstance(eos, int) else set(eos or ())
-        self._decoder.prepare(len(ids), new_tokens)
+        self._prepare(len(ids), new_tokens)
         tokens, times = [], [time.perf_counter()]
         sampling = {"temperature": temperature, "seed": seed} if temperature else {}
-        for token in self._decoder.tokens(ids, new_tokens, **sampling):
+        for token in self._stream(ids, new_tokens, sampling):
             times.append(time.perf_counter())
             tokens.append(token)
             if on_token is not None:
@@ -179,15 +280,16 @@ class Engine:
         """Within this context parts of the step do nothing, so that the time of the others can be told.
 
         Args:
-            parts: of "linears", "attention", "norms", "sampling"; the module tree (naive, cast_free) only knows "linears".
+            parts: of "linears", "attention", "norms", "sampling"; the module tree (naive, cast_free) only knows "linears",
+                and with codebook weights `naive` also "casts". Without "sampling" the stages fused and pdl choose no token.
 
         Raises:
             DecodeError: a part that this stage cannot leave out.
         """
-        unknown = [part for part in parts if part not in self._decoder.parts]
+        unknown = [part for part in parts if part not in self.parts]
         if unknown:
             raise DecodeError(
-                f"the stage {self.stage!r} cannot leave out {unknown[0]!r}; it can leave out {', '.join(self._decoder.parts)}."
+                f"the stage {self.stage!r} cannot leave out {unknown[0]!r}; it can leave out {', '.join(self.parts)}."
             )
         with self._decoder.without(frozenset(parts)):
             yield self
@@ -207,4 +309,41 @@ class Engine:
                 f"the stage {self.stage!r} cannot begin at a length; take graph, fused, pdl or lean."
             )
         self._require_room(length, count)
-        return self._decoder.step_times(length, count)
+        return self._with_memory(lambda: self._decoder.step_times(length, count))
+
+    @torch.inference_mode()
+    def forced_logits(self, prompt_ids: Sequence[int] | Tensor, tokens: Sequence[int]) -> Tensor:
+        """The logits of this stage when tokens are fed that it need not have chosen.
+
+        Steps run launch by launch; what a graph replays is the same launches.
+
+        Args:
+            prompt_ids: token ids, at least one, fed as a prompt.
+            tokens: fed one by one after it, each through the stage's own step.
+
+        Returns:
+            [tokens + 1, vocab]: after the prompt, and after each token.
+
+        Raises:
+            DecodeError: empty prompt, a token outside the vocabulary, or no room in the context.
+        """
+        ids = self._checked(prompt_ids, len(tokens) + 1)
+        return torch.cat(list(self._decoder.forced_logits(ids, tokens)))
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or one that it came of, is a failed allocation; ending a capture after one fails too."""
+    while error is not None:
+        words = str(error).lower()
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or "out of memory" in words
+            or "can't allocate memory" in words
+        ):
+            return True
+        error = error.__context__
+    return False
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

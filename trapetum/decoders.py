@@ -1,7 +1,7 @@
 """How a token is made at each stage: the transformers tree, the own step run eagerly, as a CUDA graph, and fused."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trapetum.fused_step import PARTS, FusedStep
 from trapetum.linear import CodebookLinear
-from trapetum.llama_step import Live, LlamaStep, activation_dtype
+from trapetum.llama_step import Live, LlamaStep, Padded, activation_dtype
 from trapetum.swap import codebook_layers
 
 _SMALLEST_BUCKET = 128
@@ -24,12 +24,12 @@ class TreeDecoder:
     a static cache; on the CPU a static cache would be read to its full length, so it stays a growing one.
     """
 
-    parts = ("linears",)
-
     def __init__(self, model: nn.Module, casts: bool, max_context: int):
         self._model, self._casts, self._max_context = model, casts, max_context
         self._device = model.get_input_embeddings().weight.device
         self._codebooks = [layer for _, layer in codebook_layers(model)]
+        self._growing = casts or self._device.type == "cpu"
+        self.parts = ("linears", "casts") if casts and self._codebooks else ("linears",)
 
     def prepare(self, prompt: int, count: int) -> None:
         """Arrange the codes for the kernel before the clock starts."""
@@ -39,7 +39,7 @@ class TreeDecoder:
     def _cache(self):
         from transformers import DynamicCache, StaticCache
 
-        if self._casts or self._device.type == "cpu":
+        if self._growing:
             return DynamicCache(config=self._model.config)
         return StaticCache(config=self._model.config, max_cache_len=self._max_context)
 
@@ -68,29 +68,43 @@ class TreeDecoder:
         return hooks
 
     @torch.inference_mode()
-    def _forward(self, ids: Tensor, cache) -> Tensor:
-        output = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True)
+    def _logits(self, ids: Tensor, cache) -> Tensor:
+        return self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def tokens(self, ids: Tensor, count: int) -> Iterator[int]:
         """Greedy tokens after the prompt `ids` [n]."""
         cache, token = self._cache(), ids.unsqueeze(0)
         with self._arranged():
             for _ in range(count):
-                token = self._forward(token, cache)
+                token = self._logits(token, cache).argmax(-1, keepdim=True)
                 yield int(token)
 
-    @contextmanager
-    def without(self, parts: frozenset[str]):
-        """Let every linear layer return zeros that exist already; no other part can be taken out of the tree."""
+    def forced_logits(self, ids: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Logits [1, vocab] after the prompt `ids` [n], and after each of `tokens` that are fed behind it."""
+        cache = self._cache()
+        with self._arranged():
+            yield self._logits(ids.unsqueeze(0), cache)
+            for token in tokens:
+                yield self._logits(torch.tensor([[token]], device=self._device), cache)
+
+    def _muted(self) -> list:
+        """Let every linear layer return zeros that exist already; the layers."""
         layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | CodebookLinear)]
         dtype = activation_dtype(self._model)
         for layer in layers:
             zeros = torch.zeros(layer.out_features, dtype=dtype, device=self._device)
             layer.forward = lambda x, zeros=zeros: zeros.to(x.dtype).expand(*x.shape[:-1], -1)
+        return layers
+
+    @contextmanager
+    def without(self, parts: frozenset[str]):
+        """Leave out the linear layers, or the casts around codebook products; the cache stays as the stage has it."""
+        layers = self._muted() if "linears" in parts else []
+        casts, self._casts = self._casts, self._casts and "casts" not in parts
         try:
             yield
         finally:
+            self._casts = casts
             for layer in layers:
                 del layer.forward
 
@@ -123,19 +137,29 @@ class LeanDecoder:
             token = self._next(token, position)
             yield int(token)
 
+    def _place(self, position: int):
+        return Live(self.llama, position)
+
+    @torch.inference_mode()
+    def forced_logits(self, ids: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Logits [1, vocab] after the prompt `ids` [n], and after each of `tokens` that are fed behind it."""
+        yield self.llama.prefill(ids).clone()
+        for position, token in enumerate(tokens, start=len(ids)):
+            fed = torch.tensor([token], device=self.llama.device)
+            yield self.llama.step(fed, self._place(position)).clone()
+
     @contextmanager
     def without(self, parts: frozenset[str]):
         """Leave out parts of the step; without linears every product returns zeros that exist already."""
         llama = self.llama
-        kept = llama.layers, llama.head
-        llama.without = parts - {"linears"}
+        kept = llama.layers, llama.head, llama.without
+        llama.without |= parts - {"linears"}
         if "linears" in parts:
             llama.layers, llama.head = llama.silenced()
         try:
             yield
         finally:
-            llama.layers, llama.head = kept
-            llama.without = frozenset()
+            llama.layers, llama.head, llama.without = kept
 
     @torch.inference_mode()
     def step_times(self, length: int, count: int) -> list[float]:
@@ -197,6 +221,10 @@ class GraphDecoder(LeanDecoder):
         self.llama.token.copy_(self._first(ids))
         self.llama.position.fill_(len(ids))
 
+    def _place(self, position: int):
+        self.llama.position.fill_(position)
+        return Padded(self.llama, bucket_for(position + 1, self._max_context))
+
     @torch.inference_mode()
     def _queue(self, length: int) -> None:
         bucket = bucket_for(length, self._max_context)
@@ -248,6 +276,26 @@ class GraphDecoder(LeanDecoder):
         return [before.elapsed_time(after) / 1e3 / count] * count
 
 
+def queued_ahead(count: int, queue: Callable[[int], int], fetch: Callable[[], "_Fetched"]) -> Iterator[int]:
+    """`count` tokens, the first of which is there already; the next steps are queued before the host waits for any.
+
+    Args:
+        count: tokens.
+        queue: queues steps towards so many tokens and returns how many steps; each makes one token at least.
+        fetch: begins to bring the tokens made by what is queued so far; `tokens()` waits for them and returns all of them.
+    """
+    ready, seen, sure = fetch(), 0, 1
+    while seen < count:
+        ahead = None
+        if sure < count:
+            sure += queue(count - sure)
+            ahead = fetch()
+        fresh = ready.tokens()[seen:count]
+        yield from fresh
+        seen += len(fresh)
+        sure, ready = max(sure, seen), ahead or ready
+
+
 class FusedDecoder:
     """The fused step, captured as one CUDA graph of a token and one of several.
 
@@ -259,6 +307,10 @@ class FusedDecoder:
         pdl: overlap each kernel with the one before it.
         several: tokens (steps) of the longer graph; 1 for none.
         capture: False runs the same launches one by one.
+
+    Attributes:
+        step: what is replayed.
+        steps: how many were queued since the decoder was made.
     """
 
     parts = PARTS
@@ -276,6 +328,7 @@ class FusedDecoder:
         self.llama = LlamaStep(model, max_context, cache=False)
         self.step = FusedStep(self.llama, max_context, kv, rows, pdl)
         self._several, self._capture = several, capture
+        self.steps = 0
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, prompt: int, count: int) -> None:
@@ -309,6 +362,7 @@ class FusedDecoder:
         else:
             for _ in range(steps):
                 self.step.advance()
+        self.steps += steps
         return steps
 
     def _fetch(self, first: int, count: int) -> "_Fetched":
@@ -322,25 +376,31 @@ class FusedDecoder:
         """Tokens after the prompt `ids` [n]: greedy, or sampled after the first; queued ahead of what it yields."""
         self.step.state.sample(temperature, seed)
         self._start(ids)
-        ready, seen, sure = self._fetch(len(ids), count), 0, 1
-        while seen < count:
-            ahead = None
-            if sure < count:  # every step makes one token at least
-                sure += self._queue(count - sure)
-                ahead = self._fetch(len(ids), count)
-            fresh = ready.tokens()[seen:count]
-            yield from fresh
-            seen += len(fresh)
-            sure, ready = max(sure, seen), ahead or ready
+        yield from queued_ahead(count, self._queue, lambda: self._fetch(len(ids), count))
+
+    @torch.inference_mode()
+    def forced_logits(self, ids: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Logits [1, vocab] after the prompt `ids` [n], and after each of `tokens` fed behind it, launch by launch."""
+        step, state = self.step, self.step.state
+        yield self.llama.prefill_rows(ids, [cache.store for cache in step.caches]).clone()
+        state.sample()
+        state.reset(ids, 0)
+        for position, token in enumerate(tokens, start=len(ids)):
+            state.tokens.fill_(token)
+            state.move(position)
+            step.embed()
+            step.advance()
+            yield step.logits[:1].clone()
 
     @contextmanager
     def without(self, parts: frozenset[str]):
         """Leave out parts of the step, in graphs captured for it."""
-        graphs, self._graphs, self.step.without = self._graphs, {}, parts
+        kept = self._graphs, self.step.without
+        self._graphs, self.step.without = {}, self.step.without | parts
         try:
             yield
         finally:
-            self._graphs, self.step.without = graphs, frozenset()
+            self._graphs, self.step.without = kept
 
     @torch.inference_mode()
     def step_times(self, length: int, count: int) -> list[float]:

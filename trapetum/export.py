@@ -159,8 +159,8 @@ def step_of(engine: Engine) -> Step:
     Raises:
         ExportError: the engine's stage calls PyTorch.
     """
-    step = getattr(engine._decoder, "step", None)
-    if not hasattr(step, "tensors"):
+    step = engine.step
+    if step is None:
         raise ExportError(
             f"the stage {engine.stage} calls PyTorch for each token, so there is nothing to export; choose the stage "
             f"fused or {STAGE}."

@@ -16,10 +16,8 @@ from trapetum import swap
 from trapetum.bench.generating import NOT_POSSIBLE, engine_options, kernel_sha, refuser, text_tokens
 from trapetum.bench.recording import Recorder
 from trapetum.bench.variants import Variant, codebook_variant, variants
-from trapetum.decode import DecodeError, Engine
+from trapetum.decode import Engine
 from trapetum.decode import stages as stages_of
-from trapetum.decoders import FusedDecoder, GraphDecoder, LeanDecoder, TreeDecoder, bucket_for
-from trapetum.llama_step import Live, Padded
 from trapetum.models import Loaded
 from trapetum.records import Record
 
@@ -180,67 +178,8 @@ def compare(engine: Engine, wanted: Reference) -> Comparison:
         wanted: what transformers made.
     """
     free = engine.generate(wanted.prompt, len(wanted.tokens)).tokens
-    logits = forced_logits(engine, wanted.prompt, wanted.tokens[:-1]).float().cpu()
+    logits = engine.forced_logits(wanted.prompt, wanted.tokens[:-1]).float().cpu()
     return compared(free, logits, wanted)
-
-
-@torch.inference_mode()
-def forced_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """The logits of a stage when tokens are fed that it need not have chosen.
-
-    Steps run launch by launch; what a graph replays is the same launches.
-
-    Args:
-        engine: at any stage.
-        prompt: token ids, at least one, fed as a prompt.
-        tokens: fed one by one after it, each through the stage's own step.
-
-    Returns:
-        [tokens + 1, vocab]: after the prompt, and after each token.
-
-    Raises:
-        DecodeError: the stage does not show its logits.
-    """
-    decoder, device = engine._decoder, engine.device
-    for kind, ask in ((TreeDecoder, _tree_logits), (FusedDecoder, _fused_logits), (LeanDecoder, _own_logits)):
-        if isinstance(decoder, kind):
-            return torch.cat(ask(decoder, prompt, tokens, device))
-    raise DecodeError(f"the stage {engine.stage!r} does not show its logits, so they cannot be compared.")
-
-
-def _own_logits(decoder: LeanDecoder, prompt, tokens, device) -> list[Tensor]:
-    llama, padded = decoder.llama, isinstance(decoder, GraphDecoder)
-    rows = [llama.prefill(torch.tensor(prompt, device=device)).clone()]
-    for position, token in enumerate(tokens, start=len(prompt)):
-        llama.position.fill_(position)
-        if padded:
-            place = Padded(llama, bucket_for(position + 1, decoder._max_context))
-        else:
-            place = Live(llama, position)
-        rows.append(llama.step(torch.tensor([token], device=device), place).clone())
-    return rows
-
-
-def _fused_logits(decoder: FusedDecoder, prompt, tokens, device) -> list[Tensor]:
-    step, ids = decoder.step, torch.tensor(prompt, device=device)
-    rows = [decoder.llama.prefill_rows(ids, [cache.store for cache in step.caches]).clone()]
-    step.state.reset(ids, 0)
-    for token in tokens:
-        step.state.tokens.fill_(token)
-        step.embed()
-        step.advance()
-        rows.append(step.logits[:1].clone())
-    return rows
-
-
-def _tree_logits(decoder: TreeDecoder, prompt, tokens, device) -> list[Tensor]:
-    cache, rows = decoder._cache(), []
-    with decoder._arranged():
-        for ids in (list(prompt), *([token] for token in tokens)):
-            fed = torch.tensor([ids], device=device)
-            made = decoder._model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            rows.append(made.logits[:, -1].clone())
-    return rows
 
 
 def compared(free: Sequence[int], logits: Tensor, wanted: Reference) -> Comparison:

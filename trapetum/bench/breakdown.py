@@ -9,8 +9,8 @@ can only leave out its products.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 from trapetum import law, records, timing
 from trapetum import waterfall as wf
@@ -27,7 +27,6 @@ from trapetum.bench.launches import add_launch_time, kernels_a_token
 from trapetum.bench.reading import cold_read_gbps
 from trapetum.bench.recording import Recorder
 from trapetum.bench.variants import Variant, default_methods, variants
-from trapetum.decode import Engine
 from trapetum.decode import stages as stages_of
 from trapetum.records import Record
 
@@ -150,42 +149,14 @@ Cases = Mapping[
 def _cases(run: Run, stage: str) -> Cases:
     engine, cases = run.engine, {wf.TOKEN: nullcontext}
     if stage in TREES:
-        if stage == "naive" and run.variant.method == "codebook" and _has_casts(engine):
-            cases[wf.CASTS] = lambda: without_casts(engine)
+        if "casts" in engine.parts:
+            cases[wf.CASTS] = lambda: engine.without("casts")
         return cases | {wf.PRODUCTS: lambda: engine.without("linears")}
     silenced: list[str] = []
     for name, part in LADDER:
         silenced.append(name)
         cases[part] = lambda names=tuple(silenced): engine.without(*names)
     return cases
-
-
-def _has_casts(engine: Engine) -> bool:
-    return getattr(engine._decoder, "_casts", False)
-
-
-@contextmanager
-def without_casts(engine: Engine) -> Iterator[None]:
-    """Within this context the stage `naive` has no casts around its products, and otherwise runs as it does.
-
-    The cache goes on growing: without casts the module tree would take a static one on a GPU, which is another change.
-    """
-    decoder = engine._decoder
-    growing = type(decoder)._cache
-
-    def cache():
-        decoder._casts = True
-        try:
-            return growing(decoder)
-        finally:
-            decoder._casts = False
-
-    decoder._cache, decoder._casts = cache, False
-    try:
-        yield
-    finally:
-        del decoder._cache
-        decoder._casts = True
 
 
 def step_times(cases: Cases, clock: Clock, rounds: int, budget_s: float) -> dict[str, list[float]]:

@@ -1,8 +1,7 @@
 """Whole decodes: tokens a second in all and in windows, memory, time to the first token, energy."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -160,10 +159,10 @@ class Run:
     def generate(self) -> list[Generation]:
         """Settle, then make the runs."""
         self.settle()
-        with counted_steps(self.engine) as steps:
-            generations = [self.once() for _ in range(self._sizes.runs)]
+        before = self.engine.steps
+        generations = [self.once() for _ in range(self._sizes.runs)]
         if self.engine.rows > 1:
-            self._accepted = sum(len(g.token_s) for g in generations) / sum(steps)
+            self._accepted = sum(len(g.token_s) for g in generations) / (self.engine.steps - before)
         return generations
 
     @property
@@ -221,26 +220,6 @@ def _affordable(wanted: int, tokens: float) -> int:
     """As many of the tokens wanted as the budget allows, whole windows if there are two; a few in any case."""
     count = max(min(wanted, int(tokens)), min(wanted, FEWEST_TOKENS))
     return count if count == wanted or count < 2 * WINDOW else count // WINDOW * WINDOW
-
-
-@contextmanager
-def counted_steps(engine: Engine) -> Iterator[list[int]]:
-    """Collect how many steps an engine of several rows queues; the list stays empty for one row, where steps are tokens."""
-    decoder, counts = engine._decoder, []
-    if engine.rows == 1:
-        yield counts
-        return
-    queue = decoder._queue
-
-    def counting(wanted: int) -> int:
-        counts.append(queue(wanted))
-        return counts[-1]
-
-    decoder._queue = counting
-    try:
-        yield counts
-    finally:
-        del decoder._queue
 
 
 def speed_samples(generations: Sequence[Generation]) -> list[float]:
