@@ -121,13 +121,42 @@ def test_claim_11_is_decided_by_the_graph(published, codes, expected):
     assert outcome(11, [*published, *rows]) == expected
 
 
-@pytest.mark.parametrize(("cpp", "expected"), [(126, "refuted"), (200, "reproduced")])
-def test_claim_12_yields_to_two_hosts(published, cpp, expected):
+@pytest.mark.parametrize(("gain", "expected"), [(1.01, "refuted"), (1.6, "reproduced")])
+def test_claim_12_yields_to_two_runtimes_in_turns(published, gain, expected):
+    about = dict(stage="pdl", run="r1", interleaved=True)
     rows = [
-        made("decode_speed", v, "codebook", stage="graph", host=h) for h, v in (("python", 123), ("c++", cpp))
+        made("decode_speed", 500 * v, "codebook", runtime=r, beside=b, **about)
+        for r, b, v in (("python", "c++", 1), ("c++", "python", gain))
     ]
+    rows.append(made("speedup", gain, "codebook", runtime="c++", baseline="python", **about))
     found = judge(12, [*published, *rows])
     assert (found.outcome, found.basis) == (expected, "measured")
+    assert set(found.records) == set(rows) and f"{gain:.2f}x" in found.reason
+
+
+@pytest.mark.parametrize("odd", [{"kv": "int8"}, {"rows": 4}, {"beside": "c++"}, {"interleaved": True}])
+def test_only_plain_decodes_stand_for_a_stage(published, odd):
+    config = dict(model="random:llama-2-7b", stage="graph")
+    rows = [
+        made("decode_speed", 170, "fp16", **config),
+        made("decode_speed", 400, "codebook", bits=4, **config),
+        made("decode_speed", 90, "codebook", bits=4, utc="2026-02-01T00:00:00Z", **config, **odd),
+    ]
+    assert outcome(11, [*published, *rows]) == "refuted"
+    assert outcome(11, [*published, rows[0], rows[2]]) == judge(11, published).outcome
+    faster = rows[2].replace(value=900.0, samples=(900.0,), p20=900.0, p80=900.0)
+    assert "400 tok/s (codebook)" in judge(1, [*published, rows[1], faster]).reason
+
+
+@pytest.mark.parametrize(("int4", "expected"), [(300, "refuted"), (90, "reproduced")])
+def test_claim_18_is_decided_by_a_cache_of_ours(published, int4, expected):
+    config = dict(model="random:llama-2-7b", stage="pdl", bits=4, context=16384)
+    plain = made("context_speed", 150, "codebook", kv="fp16", **config)
+    ours = made("context_speed", int4, "codebook", kv="int4", **config)
+    found = judge(18, [*published, plain, ours])
+    assert (found.outcome, found.basis) == (expected, "measured") and set(found.records) == {plain, ours}
+    other = plain.replace(config={**plain.config, "stage": "fused"})
+    assert judge(18, [*published, other, ours]).basis == "arithmetic"
 
 
 def perplexities(better, method="kmeans-weighted"):

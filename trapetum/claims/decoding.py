@@ -41,8 +41,8 @@ def slower_implies(e: Evidence) -> list[Implied]:
 
 def _decodes(e: Evidence, stage: str) -> dict[str, Record | None]:
     """The newest fp16 and 4-bit decode of a 7B on one H100 at one stage."""
-    dense = first(e.measured("decode_speed", "H100", MODEL, method="fp16", stage=stage))
-    codes = e.measured("decode_speed", "H100", MODEL, method="codebook", bits=4, stage=stage)
+    dense = first(e.decodes("H100", MODEL, method="fp16", stage=stage))
+    codes = e.decodes("H100", MODEL, method="codebook", bits=4, stage=stage)
     return {
         "fp16": dense,
         "codebook": first([r for r in codes if dense and device_name(r) == device_name(dense)]),
@@ -101,11 +101,12 @@ def runtime_implies(e: Evidence) -> list[Implied]:
 
 def judge_runtime(e: Evidence) -> Verdict:
     short, long, graph = _runtime(e)
-    hosts = {h: first(e.measured("decode_speed", stage="graph", host=h)) for h in ("python", "c++")}
-    if all(hosts.values()):
-        gain = hosts["c++"].value / hosts["python"].value
-        reason = f"The same graph replayed from C++ instead of Python is {gain:.2f}x as fast on {device_name(hosts['python'])}."
-        return verdict(gain > 1 + TOLERANCE, reason, "measured", hosts.values())
+    ratio = first(e.measured("speedup", runtime="c++", baseline="python"))
+    if ratio:
+        run, where = ratio.config.get("run"), device_name(ratio)
+        both = [r for r in e.measured("decode_speed", device=where, run=run) if r.config.get("runtime")]
+        reason = f"The same step decoded from C++ instead of Python, in turns, is {ratio.value:.2f}x as fast on {where}."
+        return verdict(ratio.value > 1 + TOLERANCE, reason, "measured", [ratio, *both])
     gain, explained = short.value / long.value, _by_bytes(short, long)
     reason = (
         f"Its own table has {text(long.value)} tok/s over 512 tokens, {gain:.2f}x less, where the cache explains "
@@ -228,7 +229,9 @@ def energy_implies(e: Evidence) -> list[Implied]:
 
 
 def _energy_pair(e: Evidence, accounting: str) -> list[Record]:
-    codes = [r for r in e.measured("energy_per_token", method="codebook", bits=4, accounting=accounting)]
+    codes = e.measured(
+        "energy_per_token", method="codebook", bits=4, accounting=accounting, kv=(None, "fp16")
+    )
     for ours in (r for r in codes if str(r.device.get("arch", "")).startswith("sm_")):
         same = dict(accounting=accounting, stage=ours.config.get("stage"), model=ours.config.get("model"))
         dense = e.measured(

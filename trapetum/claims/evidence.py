@@ -111,6 +111,15 @@ class Evidence:
         newest = sorted(found, key=lambda r: r.utc or "", reverse=True)
         return sorted(newest, key=lambda r: device_name(r) != self.device)
 
+    def decodes(self, on: str = "", model: str | None = None, **filters) -> list[Record]:
+        """Measured `decode_speed` records of plain decodes: alone, one token a step, a 16-bit cache.
+
+        Args:
+            on, model, **filters: as for `measured`.
+        """
+        plain = {"beside": None, "interleaved": None, "rows": (None, 1), "kv": (None, "fp16")}
+        return self.measured("decode_speed", on, model, **{**plain, **filters})
+
     def derived(self, quantity: str, **filters) -> list[Record]:
         """Derived records, e.g. of compiled code."""
         return rec.select(self._derived, quantity=quantity, **filters)

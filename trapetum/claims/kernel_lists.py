@@ -77,10 +77,7 @@ def fp6_implies(e: Evidence) -> list[Implied]:
 def judge_fp6(e: Evidence) -> Verdict:
     speed, by_bytes, used = _ratio(e, "torchao-fp6")
     other, other_bytes, more = _ratio(e, "torchao-int8wo")
-    runs = {
-        name: first(e.measured("decode_speed", model=name, method="torchao-fp6"))
-        for name in (MODEL, "llama-3-8b")
-    }
+    runs = {name: first(e.decodes(model=name, method="torchao-fp6")) for name in (MODEL, "llama-3-8b")}
     if all(runs.values()):
         ratio = runs[MODEL].value / runs["llama-3-8b"].value
         reason = (
@@ -126,7 +123,35 @@ def cache_implies(e: Evidence) -> list[Implied]:
     ]
 
 
+def _beside_16_bits(e: Evidence) -> list[tuple[Record, Record]]:
+    """(decode with a quantized cache, the same with a 16-bit one) by format and context, the newest of one device."""
+    pairs: dict[tuple, tuple[Record, Record]] = {}
+    found = e.measured("context_speed", kv=("int8", "int4"))
+    for run in [r for r in found if device_name(r) == device_name(found[0])]:
+        same = {name: run.config.get(name) for name in ("stage", "bits", "lm_head", "context")}
+        where = {"model": shape_of(run), "device": device_name(run), "method": run.method}
+        plain = first(e.measured("context_speed", kv=("fp16", "bf16"), **where, **same))
+        if plain:
+            pairs.setdefault((where["model"], run.method, run.config["kv"], same["context"]), (run, plain))
+    return list(pairs.values())
+
+
+def _judged_by_own(pairs: list[tuple[Record, Record]]) -> Verdict:
+    gains = [run.value / plain.value for run, plain in pairs]
+    run, plain = max(pairs, key=lambda pair: pair[0].config["context"])
+    faster, at = sum(gain > 1 for gain in gains), run.config["context"]
+    reason = (
+        f"Here a quantized cache is faster in {faster} of {len(gains)} cases of format and length on {device_name(run)}, "
+        f"{min(gains):.2f}x to {max(gains):.2f}x; at {at:,} tokens {run.config['kv']} makes {text(run.value)} tok/s and "
+        f"16 bits {text(plain.value)}."
+    )
+    return verdict(not faster, reason, "measured", [r for pair in pairs for r in pair])
+
+
 def judge_cache(e: Evidence) -> Verdict:
+    pairs = _beside_16_bits(e)
+    if pairs:
+        return _judged_by_own(pairs)
     plain, quantized = _cache_rows(e, False), _cache_rows(e, True)
     slower = [q.value < p.value for p, q in zip(plain, quantized, strict=True)]
     grown, reading = _step_growth(e)

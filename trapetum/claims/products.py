@@ -42,9 +42,9 @@ def marlin_implies(e: Evidence) -> list[Implied]:
 
 def judge_marlin(e: Evidence) -> Verdict:
     claim = _marlin_claim(e)
-    best = max(e.measured("decode_speed", "H100", "llama-2-7b", bits=4), key=lambda r: r.value, default=None)
+    best = max(e.decodes("H100", "llama-2-7b", bits=4), key=lambda r: r.value, default=None)
     aside = f" The fastest 4-bit decode measured is {text(best.value)} tok/s ({best.method})." if best else ""
-    run = first(e.measured("decode_speed", "H100", "llama-2-7b", method=("marlin", claim.method)))
+    run = first(e.decodes("H100", "llama-2-7b", method=("marlin", claim.method)))
     if run:
         reason = f"Marlin decodes at {text(run.value)} tok/s here, claimed are {text(claim.value)}."
         return verdict(run.value >= (1 - TOLERANCE) * claim.value, reason, "measured", [run, claim])
