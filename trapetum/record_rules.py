@@ -30,6 +30,7 @@ QUANTITIES = {
     "gemm_throughput": "TFLOP/s",
     "peak_fraction": "",  # of the arithmetic or bandwidth peak named in config, 1 = all of it
     "speedup": "",  # against config.baseline
+    "token_floor": "us",  # the reads of one token, config.way says how, without arithmetic
     "launch_time": "us",  # one kernel that does nothing
     "framework_time": "us",  # a decode step without its linears
     "time_to_first_token": "s",
