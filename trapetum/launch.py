@@ -104,8 +104,30 @@ class Kernel:
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         self._pdl = [attribute] if (major, minor) >= (9, 0) else []
+        together = driver.CUlaunchAttribute()
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+        self._cooperative = [together]
 
-    def launch(self, grid, block, shared_bytes: int, arguments, pdl: bool = False) -> None:
+    def blocks_at_once(self, threads: int, shared_bytes: int) -> int:
+        """How many blocks of `threads` threads and so much dynamic shared memory a multiprocessor holds.
+
+        Raises:
+            RuntimeError: CUDA does not say.
+        """
+        driver = self._driver
+        status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            self._handle, threads, shared_bytes
+        )
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(
+                f"CUDA does not say how many blocks of {self.name} are resident: {status.name}"
+            )
+        return blocks
+
+    def launch(
+        self, grid, block, shared_bytes: int, arguments, pdl: bool = False, cooperative: bool = False
+    ) -> None:
         """Launch on the current stream.
 
         Args:
@@ -113,11 +135,14 @@ class Kernel:
             shared_bytes: dynamic shared memory.
             arguments: pairs (value, ctypes type), from `pointer` and `integer`.
             pdl: let this launch overlap the kernel before it (ignored below sm_90).
+            cooperative: all blocks are resident at once, or CUDA refuses, so they may wait for each other.
 
         Raises:
-            RuntimeError: CUDA refused the launch.
+            RuntimeError: CUDA refused the launch, or a cooperative one is to be recorded, which `Launch` cannot say.
         """
         if _recording is not None:
+            if cooperative:
+                raise RuntimeError(f"the cooperative launch of {self.name} cannot be recorded.")
             _recording.launches.append(self._noted(grid, block, shared_bytes, arguments, pdl))
             if _recording.dry:
                 return
@@ -130,8 +155,9 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = block
         config.sharedMemBytes = shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
-        if pdl and self._pdl:
-            config.attrs, config.numAttrs = self._pdl, 1
+        attributes = (self._pdl if pdl else []) + (self._cooperative if cooperative else [])
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         values, types = zip(*arguments, strict=True)
         (status,) = driver.cuLaunchKernelEx(config, self._handle, (values, types), 0)
         if status != driver.CUresult.CUDA_SUCCESS:
