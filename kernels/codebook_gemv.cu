@@ -4,8 +4,10 @@
 //
 // and for a decode step, where a kernel of its own for them would cost more than they do:
 //     NORM      x is first normalised: x[r, i] * rstd[r] * norm[i], rstd = (mean of the squares of row r + eps)^-1/2
-//     GATED     rows of W are gates, then as many ups, and y[r, o] = silu(gate[r, o]) * up[r, o], half as many
-// Both round where transformers' modules round: x * rstd, times norm; gate, up, silu(gate), the product.
+//     SILU      the first half of the channels are gates: y[r, o] = silu(y[r, o]) for them
+//     PAIRED    x is stored as [ROWS, 2 * in_features], factors of the input: x[r, i] * x[r, in_features + i]
+// SILU where gates and ups are one product and PAIRED in the product after it make silu(gate) * up without a kernel between, and
+// without a block that holds a gate and its up. All round where transformers' modules round.
 //
 // Compiled once for each set of macros:
 //     BITS      8, 4, 3 or 2: bits of a stored index
@@ -16,8 +18,7 @@
 //     WARPS     warps a block
 //     AHEAD     steps that a warp has in flight
 //     BLOCKS    blocks that are to fit a multiprocessor; bounds the registers
-//     NORM      1: x is normalised (fp16 and bf16; in_features a multiple of 8, x and norm at multiples of 16 bytes)
-//     GATED     1: gated (CHANNELS 64: the block's second tile is the up of its first; out_features a multiple of 64)
+//     NORM, SILU, PAIRED  1: as above (fp16 and bf16; NORM and PAIRED: in_features a multiple of 8, x and norm at multiples of 16 bytes)
 //     LATE      1: the next kernel may start only once the one before this has finished, so what that one wrote is there from
 //               the next one's first instruction on
 //
@@ -89,8 +90,11 @@
 #ifndef NORM
 #define NORM 0
 #endif
-#ifndef GATED
-#define GATED 0
+#ifndef SILU
+#define SILU 0
+#endif
+#ifndef PAIRED
+#define PAIRED 0
 #endif
 #ifndef LATE
 #define LATE 0
@@ -125,9 +129,8 @@ constexpr int CHAINS = GROUPS == 1 ? 2 : 1;                        // sums an MM
 constexpr unsigned TABLE_AT = 1024;                               // shared address of the table, beyond what the system reserves
 constexpr int PITCH_PAD = STAGED > 1 ? 32 : 0;                    // halves between staged rows, so that they start in other banks
 constexpr int NORM_AHEAD = WARPS <= 8 ? 2 : 1;                    // vectors of norm that a thread fetches early: of 4096 inputs all
-constexpr int OUTPUTS = GATED ? LANES : CHANNELS;                 // of a block and row
-static_assert(!GATED || TILES == 2, "a gated block holds a tile of gates and its tile of ups");
-static_assert(!NORM || XTYPE != 2, "only 16-bit x is normalised");
+static_assert(!(NORM || SILU || PAIRED) || XTYPE != 2, "what a decode step adds works on 16-bit x");
+static_assert(!(NORM && PAIRED), "x is normalised or has two factors");
 constexpr unsigned X_AT = TABLE_AT + TABLE_BYTES;
 constexpr float LOW_PLANE = 1.f / 2048;                           // the second plane of fp32 holds what the first lost, times 2048
 
@@ -230,14 +233,9 @@ struct Entries {
 
 __device__ __forceinline__ __half entry_or_zero(const __half* own, int e, int n_codes) { return e < n_codes ? own[e] : __half(0.f); }
 
-// The channel that lane 0 of the block's tile `t` holds.
-__device__ __forceinline__ int first_channel(int block, int t, int out_features) {
-    return GATED ? block * LANES + t * (out_features / 2) : (block * TILES + t) * LANES;
-}
-
-__device__ __forceinline__ void fetch(Entries& entries, const __half* __restrict__ codebook, int block, int out_features, int n_codes, int warp,
+__device__ __forceinline__ void fetch(Entries& entries, const __half* __restrict__ codebook, int tile, int out_features, int n_codes, int warp,
                                       int lane) {
-    const int channel = min(first_channel(block, warp % TILES, out_features) + lane, out_features - 1);
+    const int channel = min((tile * TILES + warp % TILES) * LANES + lane, out_features - 1);
     const __half* own = codebook + (size_t)channel * n_codes;
     const bool wide = n_codes % 8 == 0 && (reinterpret_cast<size_t>(codebook) & 15) == 0;
 #if BITS == 8
@@ -315,11 +313,24 @@ __device__ __forceinline__ float round_to_x(float v) {
     return to_float(rounded);
 }
 
-// Eight 16-bit values in a vector, one by one.
+#if XTYPE == 1
+typedef __nv_bfloat162 xpair;
+__device__ __forceinline__ float2 to_floats(xpair v) { return __bfloat1622float2(v); }
+__device__ __forceinline__ xpair from_floats(float a, float b) { return __floats2bfloat162_rn(a, b); }
+__device__ __forceinline__ __half2 to_halves(xpair v) { return __float22half2_rn(__bfloat1622float2(v)); }
+#else
+typedef __half2 xpair;
+__device__ __forceinline__ float2 to_floats(xpair v) { return __half22float2(v); }
+__device__ __forceinline__ xpair from_floats(float a, float b) { return __floats2half2_rn(a, b); }
+__device__ __forceinline__ __half2 to_halves(xpair v) { return v; }
+#endif
+
+// Eight 16-bit values in a vector, as pairs.
 union Eight {
     uint4 all;
-    xtype x[8];
-    __half half[8];
+    xpair x[4];
+    __half2 half[4];
+    __device__ Eight() {}
 };
 
 // Stage inputs [first, first + count) of one row as they are, zero from in_features on. The copies may still be under way.
@@ -333,7 +344,10 @@ __device__ __forceinline__ void stage_raw(const xtype* __restrict__ x, int in_fe
 __device__ __forceinline__ float squares(const Eight& eight) {
     float sum = 0.f;
 #pragma unroll
-    for (int k = 0; k < 8; k++) sum += to_float(eight.x[k]) * to_float(eight.x[k]);
+    for (int k = 0; k < 4; k++) {
+        const float2 v = to_floats(eight.x[k]);
+        sum += v.x * v.x + v.y * v.y;
+    }
     return sum;
 }
 
@@ -371,21 +385,36 @@ __device__ __forceinline__ void normalise_eight(__half* staged, const Eight& wei
     Eight eight;
     eight.all = *reinterpret_cast<const uint4*>(staged);
 #pragma unroll
-    for (int k = 0; k < 8; k++) eight.half[k] = __float2half_rn(round_to_x(round_to_x(to_float(eight.x[k]) * rstd) * to_float(weight.x[k])));
+    for (int k = 0; k < 4; k++) {
+        const float2 v = to_floats(eight.x[k]);
+        eight.half[k] = to_halves(__hmul2(from_floats(v.x * rstd, v.y * rstd), weight.x[k]));
+    }
     *reinterpret_cast<uint4*>(staged) = eight.all;
 }
 
-// Normalise what this thread staged itself; `ahead` are its first vectors of `norm`, fetched early.
-__device__ __forceinline__ void normalise(__half* staged, const xtype* __restrict__ norm, const Eight ahead[NORM_AHEAD], float rstd, int in_features,
-                                          int first, int count, int thread) {
-    int i = 8 * thread;
-#pragma unroll
-    for (int k = 0; k < NORM_AHEAD; k++, i += 8 * THREADS)
-        if (first == 0 && i < min(count, in_features)) normalise_eight(staged + i, ahead[k], rstd);
-    for (i = first ? 8 * thread : i; i < count && first + i < in_features; i += 8 * THREADS) {
+// Normalise what this thread staged itself of inputs [first, first + count).
+__device__ __forceinline__ void normalise(__half* staged, const xtype* __restrict__ norm, float rstd, int in_features, int first, int count,
+                                          int from) {
+    for (int i = from; i < count && first + i < in_features; i += 8 * THREADS) {
         Eight weight;
         weight.all = *reinterpret_cast<const uint4*>(norm + first + i);
         normalise_eight(staged + i, weight, rstd);
+    }
+}
+
+// Stage inputs [first, first + count) of one row of two factors.
+__device__ __forceinline__ void stage_product(const xtype* __restrict__ x, int in_features, int first, int count, __half* staged, int thread) {
+#pragma unroll 2
+    for (int i = 8 * thread; i < count; i += 8 * THREADS) {
+        Eight a, b;
+        a.all = b.all = make_uint4(0, 0, 0, 0);
+        if (first + i < in_features) {
+            a.all = __ldcg(reinterpret_cast<const uint4*>(x + first + i));
+            b.all = __ldcg(reinterpret_cast<const uint4*>(x + in_features + first + i));
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) a.half[k] = to_halves(__hmul2(a.x[k], b.x[k]));
+        *reinterpret_cast<uint4*>(staged + i) = a.all;
     }
 }
 
@@ -459,7 +488,7 @@ __device__ __forceinline__ float sum_of_warps(const float* partial, int row, int
 
 // codes     [out/32][steps][VECTORS][32] of 16 bytes, as pictured above
 // codebook  fp16 [out_features, n_codes]
-// x         [ROWS, in_features]; bias [out_features] or null; residual like y or null; y [ROWS, out_features], GATED half as wide
+// x         [ROWS, in_features], PAIRED twice as wide; bias [out_features] or null; residual like y or null; y [ROWS, out_features]
 // norm      [in_features], and eps: NORM only
 // rounds    turns that all warps take through the inputs: ceil(steps / (WARPS * AHEAD)); panel: those whose x is in shared memory at once
 // grid      ceil(out_features / CHANNELS) blocks of (32, WARPS) threads
@@ -472,18 +501,17 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
     const unsigned start = (unsigned)__cvta_generic_to_shared(dynamic_shared);
     if (start > TABLE_AT) __trap();
     char* const table = dynamic_shared + (TABLE_AT - start);
-    const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * LANES + lane, block = blockIdx.x;
+    const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * LANES + lane, tile = blockIdx.x;
     if (!LATE) allow_next_kernel();
-    Eight norm_ahead[NORM_AHEAD] = {};  // before the weights, or it would come after them
+    Eight norm_ahead[NORM_AHEAD];  // before the weights, or it would come after them
 #pragma unroll
     for (int k = 0; k < NORM_AHEAD; k++)
         if (NORM && 8 * (thread + k * THREADS) < in_features) norm_ahead[k].all = load_once(reinterpret_cast<const uint4*>(norm) + thread + k * THREADS);
     Entries entries;
-    fetch(entries, codebook, block, out_features, n_codes, warp, lane);
+    fetch(entries, codebook, tile, out_features, n_codes, warp, lane);
     constexpr int STEP_VECTORS = VECTORS * LANES;
-    const int tile = first_channel(block, 0, out_features) / LANES, other = first_channel(block, 1, out_features) / LANES;
-    const size_t to_other = TILES == 2 && other * LANES < out_features ? (size_t)(other - tile) * steps * STEP_VECTORS : 0;
-    const uint4* next = codes + (size_t)tile * steps * STEP_VECTORS + warp * STEP_VECTORS + lane;
+    const size_t to_other = TILES == 2 && (2 * tile + 1) * LANES < out_features ? (size_t)steps * STEP_VECTORS : 0;
+    const uint4* next = codes + (size_t)tile * TILES * steps * STEP_VECTORS + warp * STEP_VECTORS + lane;
     int left = steps - warp;  // steps from `next` to the end of the tile
     uint4 ahead[AHEAD][TILES][VECTORS];
     const auto load = [&](int k) {
@@ -501,36 +529,38 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
     float* const partial = reinterpret_cast<float*>(staged + STAGED * pitch);
     wait_for_previous_kernel();
     if (LATE) allow_next_kernel();
-    constexpr bool SCALED = XTYPE != 0 && !NORM;  // normalised values need no exponent
+    constexpr bool SCALED = XTYPE != 0 && !NORM && !PAIRED;  // what a step makes on the way here needs no exponent
     int exponents[ROWS] = {};
     if (SCALED)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) exponents[r] = exponent_of(x + (size_t)r * in_features, in_features, partial, warp, lane);
     float rstd[ROWS];
-    const auto normalise_rows = [&](int first, int count) {
-        wait_for_copies();  // a thread touches only what it copied itself, so it need not wait for the others
-        if (first == 0) {
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) rstd[r] = own_squares(staged + r * pitch, x + (size_t)r * in_features, in_features, count, thread);
-            reciprocal_roots(rstd, eps, in_features, partial, warp, lane);
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) normalise(staged + r * pitch, norm, norm_ahead, rstd[r], in_features, first, count, thread);
-    };
-    const auto stage = [&](int from_round) {
-        const int first = from_round * ROUND * STEP, count = min(panel, rounds - from_round) * ROUND * STEP;
+    const auto stage_rows = [&](int first, int count) {
 #pragma unroll(SCALED ? ROWS : 1)
         for (int r = 0; r < ROWS; r++) {
-            const xtype* const row = x + (size_t)r * in_features;
-            if (NORM) stage_raw(row, in_features, first, count, staged + r * pitch, thread);
+            const xtype* const row = x + (size_t)r * in_features * (PAIRED ? 2 : 1);
+            if (PAIRED) stage_product(row, in_features, first, count, staged + r * pitch, thread);
+            else if (NORM) stage_raw(row, in_features, first, count, staged + r * pitch, thread);
             else stage_row(row, in_features, first, count, staged + r * PLANES * pitch, pitch, exponents[r], thread);
         }
-        if (from_round == 0) store(entries, table, warp, lane);  // while the copies are under way
-        if (NORM) normalise_rows(first, count);
-        wait_for_copies();
-        __syncthreads();
     };
-    stage(0);
+    const int whole = min(panel, rounds) * ROUND * STEP;
+    stage_rows(0, whole);
+    store(entries, table, warp, lane);  // while the copies are under way
+    wait_for_copies();
+    if (NORM) {  // a thread touches only what it copied itself, so it need not wait for the others
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) rstd[r] = own_squares(staged + r * pitch, x + (size_t)r * in_features, in_features, whole, thread);
+        reciprocal_roots(rstd, eps, in_features, partial, warp, lane);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+            for (int k = 0; k < NORM_AHEAD; k++)
+                if (8 * (thread + k * THREADS) < min(whole, in_features)) normalise_eight(staged + r * pitch + 8 * (thread + k * THREADS), norm_ahead[k], rstd[r]);
+            normalise(staged + r * pitch, norm, rstd[r], in_features, 0, whole, 8 * (thread + NORM_AHEAD * THREADS));
+        }
+    }
+    __syncthreads();
 
     const int second = lane >> 4;                               // whether this lane's columns of B are 4 to 7
     const bool diagonal = (lane >> 2 & 3) == (lane & 3);
@@ -566,7 +596,13 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
         if (in_panel == panel) {
             in_panel = 0;
             __syncthreads();
-            stage(round);
+            const int first = round * ROUND * STEP, count = min(panel, rounds - round) * ROUND * STEP;
+            stage_rows(first, count);
+            wait_for_copies();
+            if (NORM)
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) normalise(staged + r * pitch, norm, rstd[r], in_features, first, count, 8 * thread);
+            __syncthreads();
             to_panel_start();
         }
         const int here = left;
@@ -586,21 +622,17 @@ codebook_gemv(const uint4* __restrict__ codes, const __half* __restrict__ codebo
 
     leave_sums(sums, exponents, partial, warp, lane);
     __syncthreads();
-    const auto finished = [&](int row, int at, int channel) {
-        float total = sum_of_warps(partial, row, at);
-        return bias ? total + to_float(bias[channel]) : total;
-    };
-    for (int at = thread; at < ROWS * OUTPUTS; at += THREADS) {
-        const int row = at / OUTPUTS, place = at % OUTPUTS, channel = block * OUTPUTS + place;
-        const int outputs = GATED ? out_features / 2 : out_features;
-        if (channel >= outputs) continue;
-        float total = finished(row, place, channel);
-        if (GATED) {
-            const float gate = round_to_x(total), up = round_to_x(finished(row, LANES + place, outputs + channel));
-            total = round_to_x(gate / (1.f + __expf(-gate))) * up;
+    for (int at = thread; at < ROWS * CHANNELS; at += THREADS) {
+        const int row = at / CHANNELS, channel = tile * CHANNELS + at % CHANNELS;
+        if (channel >= out_features) continue;
+        float total = sum_of_warps(partial, row, at % CHANNELS);
+        if (bias) total += to_float(bias[channel]);
+        if (SILU && channel < out_features / 2) {
+            const float gate = round_to_x(total);
+            total = gate / (1.f + __expf(-gate));
         }
-        const size_t at_y = (size_t)row * outputs + channel;
-        if (residual) total += to_float(__ldcg(residual + at_y));
-        from_float(total, y + at_y);
+        const size_t place = (size_t)row * out_features + channel;
+        if (residual) total += to_float(__ldcg(residual + place));
+        from_float(total, y + place);
     }
 }

@@ -10,10 +10,12 @@
 //     GROUP     query heads that share a key head
 //     ROWS      tokens of this step, at positions position .. position + ROWS - 1; GROUP * ROWS <= 16
 //     WARPS     warps a block
-//     UNITS     units (see below) that a warp should have before another block joins in
+//     STAGES    units (see below) that a warp has on their way
+//     UNITS     units that a warp should have before another block joins in
 //
 // Work. A block is (split, key head). The positions of a key head are cut into units, and unit u goes to warp u mod (splits *
-// WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. Warps meet in shared
+// WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. A warp has STAGES units
+// on their way into shared memory, where each lane puts just what it will read itself, so nobody waits for anybody. Warps meet in shared
 // memory; the blocks of a head meet in `partial`, where the last to arrive (a counter, which it sets back to 0) adds in the
 // order of the splits: bit-identical from run to run.
 //
@@ -30,7 +32,7 @@
 //
 // KV 8 and 4. Keys are quantized by channel over groups of 64 positions, values by token, as in KIVI (Liu et al. 2024): keys
 // have outlying channels, values do not. A value is code * scale + zero. The scales of the keys go into the queries and those of the values into the
-// softmax weights, so a code is only made an fp16 number (exact) on its way to the tensor core. The latest 64 to 64 + ROWS positions stay 16-bit in a
+// softmax weights, so a code is only made an fp16 number (exact, plus 1024, which comes off the sum) on its way to the tensor core. The latest 64 to 64 + ROWS positions stay 16-bit in a
 // ring of 128 (`keys`, `values`, laid out as above), and an extra block of each head quantizes a group as soon as all of it is certain.
 //
 //     key codes     [kv_head][position][.]       a lane's codes of a position together: 16-byte vectors [vector][t], 8 dimensions of
@@ -62,6 +64,9 @@
 #endif
 #ifndef WARPS
 #define WARPS 4
+#endif
+#ifndef STAGES
+#define STAGES 2
 #endif
 #ifndef UNITS
 #define UNITS 1
@@ -117,72 +122,118 @@ union Eight {
     xtype x[8];
 };
 
+__device__ __forceinline__ float exp2_of(float v) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+    return power;
+}
+
 // sums += A B with the lower rows of A in a0, a2 and the upper in a1, a3.
 template <bool IS_HALF>
 __device__ __forceinline__ void multiply_add(float sums[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
 #if __CUDA_ARCH__ >= 800
     if (IS_HALF)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else  // fp16 only: the binding refuses bf16 here
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a0), "r"(a1), "r"(b0));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a2), "r"(a3), "r"(b1));
 #endif
 }
 
 // A relaxed load, because the assembler moves a plain one below `wait_for_previous_kernel`.
-template <int WORDS>
-__device__ __forceinline__ void load_words(unsigned* to, const void* from) {
-    if (WORDS == 4)
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
-    else if (WORDS == 2)
-        asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
-    else
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+__device__ __forceinline__ uint4 load_early(const void* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
 }
 
-// WORDS words of lane `mine` of `LANES`, which hold a row together: vectors of 16 bytes (or all, where it is less), [vector][lane].
-template <int WORDS, int LANES>
-__device__ __forceinline__ void load_share(unsigned* to, const char* row, int mine) {
-    constexpr int VECTOR = WORDS < 4 ? WORDS : 4;
+template <int BYTES>
+__device__ __forceinline__ void copy_ahead(char* to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+#else
 #pragma unroll
-    for (int v = 0; v < WORDS / VECTOR; v++) load_words<VECTOR>(to + v * VECTOR, row + (v * LANES + mine) * VECTOR * 4);
+    for (int i = 0; i < BYTES; i += 4) *reinterpret_cast<unsigned*>(to + i) = *reinterpret_cast<const volatile unsigned*>(from + i);
+#endif
+}
+__device__ __forceinline__ void end_of_unit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_unit() {  // the oldest of STAGES
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+#endif
+    __syncwarp();
 }
 
-// What a warp reads at once: 16 * TILES positions, the same number of bytes at every width.
+// What a warp reads at once: 16 * TILES positions, the same number of bytes at every width. In shared memory vector v of lane l is at
+// (32 v + l) vectors from the start, first those of the keys [tile][n][.], then those of the values [tile][.].
 template <int BITS>
 struct Unit {
     static constexpr int TILES = 16 / BITS;
     static constexpr int POSITIONS = TILE * TILES;
-    static constexpr int KEY_WORDS = HEAD_DIM * BITS / 128, VALUE_WORDS = HEAD_DIM * BITS / 64;
-    static constexpr int KEY_BYTES = HEAD_DIM * BITS / 8, VALUE_BYTES = 4 * KEY_BYTES;  // of a position; of four
-    unsigned key[TILES][2][KEY_WORDS], value[TILES][VALUE_WORDS];
+    static constexpr int KEY_SHARE = HEAD_DIM * BITS / 32, VALUE_SHARE = 2 * KEY_SHARE;        // bytes of a lane: of a position, of four
+    static constexpr int KEY_VECTOR = KEY_SHARE < 16 ? KEY_SHARE : 16, VALUE_VECTOR = VALUE_SHARE < 16 ? VALUE_SHARE : 16;
+    static constexpr int KEY_VECTORS = KEY_SHARE / KEY_VECTOR, VALUE_VECTORS = VALUE_SHARE / VALUE_VECTOR;
+    char* at;  // of this lane: the warp's slot
+    int lane;
 
+    __device__ __forceinline__ char* key(int tile, int n, int v) const { return at + (((tile * 2 + n) * KEY_VECTORS + v) * 32 + lane) * KEY_VECTOR; }
+    __device__ __forceinline__ char* value(int tile, int v) const {
+        return at + TILES * 2 * KEY_SHARE * 32 + ((tile * VALUE_VECTORS + v) * 32 + lane) * VALUE_VECTOR;
+    }
     // `keys`, `values` of this key head; `first` is the unit's first place in them.
-    __device__ __forceinline__ void load(const char* keys, const char* values, int first, int g, int t) {
+    __device__ __forceinline__ void load(const char* keys, const char* values, int first) const {
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const char* const row = keys + (size_t)(first + tile * TILE + 4 * (g / 2) + g % 2 + 2 * n) * 4 * KEY_SHARE;
+#pragma unroll
+                for (int v = 0; v < KEY_VECTORS; v++) copy_ahead<KEY_VECTOR>(key(tile, n, v), row + (v * 4 + t) * KEY_VECTOR);
+            }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            const int place = first + tile * TILE;
+            const char* const row = values + (size_t)((first + tile * TILE) / 4 + t) * 8 * VALUE_SHARE;
 #pragma unroll
-            for (int n = 0; n < 2; n++)
-                load_share<KEY_WORDS, 4>(key[tile][n], keys + (size_t)(place + 4 * (g / 2) + g % 2 + 2 * n) * KEY_BYTES, t);
-            load_share<VALUE_WORDS, 8>(value[tile], values + (size_t)(place / 4 + t) * VALUE_BYTES, g);
+            for (int v = 0; v < VALUE_VECTORS; v++) copy_ahead<VALUE_VECTOR>(value(tile, v), row + (v * 8 + g) * VALUE_VECTOR);
         }
     }
 };
+constexpr int UNIT_BYTES = 64 * HEAD_DIM;
+constexpr int PARAM_BYTES = KV == 16 ? 0 : 4 * HEAD_DIM + 64 * (16 / KV);  // of keys [scale, zero][dimension], of values [tile][t][scale, zero][4]
+constexpr int SLOT_BYTES = UNIT_BYTES + PARAM_BYTES;
 
-// Two codes as fp16: 0x6400 + code is 1024 + code.
-__device__ __forceinline__ unsigned minus_1024(unsigned pair) {
-    const __half2 value = __hsub2(*reinterpret_cast<__half2*>(&pair), __half2half2(__ushort_as_half(0x6400)));
-    return *reinterpret_cast<const unsigned*>(&value);
+template <int BYTES>
+__device__ __forceinline__ void read_words(const char* from, unsigned* to) {
+    if (BYTES == 16) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; i++) to[i] = reinterpret_cast<const unsigned*>(from)[i];
+    }
 }
-__device__ __forceinline__ unsigned two_bytes(unsigned word, int pair) { return minus_1024(__byte_perm(word, 0x64646464, pair ? 0x4342 : 0x4140)); }
-__device__ __forceinline__ unsigned two_nibbles(unsigned word, int pair) { return minus_1024((word >> 4 * pair & 0x000f000f) | 0x64006400); }
+
+// Two codes as fp16 plus 1024, which is 0x6400 | code. Nibbles of odd pairs stay where they are in the word: 1024 + 16 code.
+constexpr float CODE_OFFSET = 1024;
+__device__ __forceinline__ unsigned two_bytes(unsigned word, int pair) { return __byte_perm(word, 0x64646464, pair ? 0x4342 : 0x4140); }
+__device__ __forceinline__ unsigned two_nibbles(unsigned word, int pair) {
+    return ((pair / 2 ? word >> 8 : word) & (pair % 2 ? 0x00f000f0 : 0x000f000f)) | 0x64006400;
+}
+template <int BITS>
+__device__ __forceinline__ constexpr float code_factor(int pair) { return BITS == 4 && pair % 2 ? 1.f / 16 : 1.f; }  // undoes the 16
 
 // B of step s (16 dimensions) of chunk j.
 template <int BITS>
@@ -206,29 +257,9 @@ struct Angles {
     __device__ __forceinline__ void load(const xtype* cosines, const xtype* sines, int position, int t) {
         const size_t at = (size_t)position * HEAD_DIM + 8 * t;
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++) load_words<4>(cos[j].word, cosines + at + 32 * j), load_words<4>(sin[j].word, sines + at + 32 * j);
+        for (int j = 0; j < CHUNKS; j++) cos[j].all = load_early(cosines + at + 32 * j), sin[j].all = load_early(sines + at + 32 * j);
     }
 };
-
-// This lane's dimensions of a head after rope, rounded where transformers rounds.
-__device__ __forceinline__ void turn(const xtype* head, const Angles& angles, int t, unsigned words[4 * CHUNKS]) {
-    Eight own[CHUNKS], partner[CHUNKS];
-#pragma unroll
-    for (int j = 0; j < CHUNKS; j++) {
-        const int first = 32 * j + 8 * t;
-        own[j].all = __ldcg(reinterpret_cast<const uint4*>(head + first));
-        partner[j].all = __ldcg(reinterpret_cast<const uint4*>(head + (first < HEAD_DIM / 2 ? first + HEAD_DIM / 2 : first - HEAD_DIM / 2)));
-    }
-#pragma unroll
-    for (int j = 0; j < CHUNKS; j++) {
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            from_float(round_to_x(to_float(own[j].x[k]) * to_float(angles.cos[j].x[k])) +
-                           round_to_x(to_float(partner[j].x[k]) * to_float(angles.sin[j].x[k])), &own[j].x[k]);
-#pragma unroll
-        for (int w = 0; w < 4; w++) words[4 * j + w] = own[j].word[w];
-    }
-}
 
 struct Queries {
     unsigned word[HALVES][4 * CHUNKS];  // of slots g and g + 8: 8 dimensions of each chunk
@@ -242,19 +273,21 @@ struct Running {
     float zeros[2] = {};                    // and of the sum of weight * zero of the values
 };
 
-template <int BITS>
-struct Scales {
-    uint4 key[2][CHUNKS];  // fp16 scales and zeros of this lane's dimensions
-    uint4 value[Unit<BITS>::TILES];
-    __device__ __forceinline__ void load(const __half* key_params, const __half* value_params, int first, int g, int t) {
-        const __half* const of_keys = key_params + (size_t)(first / QUANTUM) * 2 * HEAD_DIM;
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
-#pragma unroll
-            for (int what = 0; what < 2; what++) key[what][j] = *reinterpret_cast<const uint4*>(of_keys + what * HEAD_DIM + 32 * j + 8 * t);
-#pragma unroll
-        for (int tile = 0; tile < Unit<BITS>::TILES; tile++)
-            value[tile] = *reinterpret_cast<const uint4*>(value_params + (size_t)(first / 4 + 4 * tile + t) * 8);
+// Scales and zeros of a unit of codes, behind it in its slot; lanes read what others have copied.
+struct Params {
+    const char* at;
+    __device__ __forceinline__ static void load(char* to, const __half* key_params, const __half* value_params, int first, int lane) {
+        const char* const of_keys = reinterpret_cast<const char*>(key_params + (size_t)(first / QUANTUM) * 2 * HEAD_DIM);
+        if (16 * lane < 4 * HEAD_DIM) copy_ahead<16>(to + 16 * lane, of_keys + 16 * lane);
+        if (16 * lane < PARAM_BYTES - 4 * HEAD_DIM)
+            copy_ahead<16>(to + 4 * HEAD_DIM + 16 * lane, reinterpret_cast<const char*>(value_params + (size_t)first * 2) + 16 * lane);
+    }
+    // Two dimensions' scales (what 0) or zeros (1); two positions' of a tile.
+    __device__ __forceinline__ float2 key(int what, int j, int w, int t) const {
+        return __half22float2(*reinterpret_cast<const __half2*>(at + 2 * (what * HEAD_DIM + 32 * j + 8 * t + 2 * w)));
+    }
+    __device__ __forceinline__ float2 value(int what, int tile, int n, int t) const {
+        return __half22float2(*reinterpret_cast<const __half2*>(at + 4 * HEAD_DIM + 16 * (4 * tile + t) + 8 * what + 4 * n));
     }
 };
 
@@ -286,105 +319,137 @@ __device__ __forceinline__ float largest_of_quad(float v) {
     return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
 }
 
-// Fold one unit into the running softmax. `seen`: how many positions of the unit row 0 of the step may see (row r sees r more).
 template <int BITS>
-__device__ __forceinline__ void attend(Running& run, const Queries& queries, const Unit<BITS>& unit, const Scales<BITS>& scales, int seen,
-                                       float scale, int g, int t) {
-    constexpr int TILES = Unit<BITS>::TILES;
-    constexpr bool AS_HALF = BITS < 16 || XTYPE == 0;
+struct Scores {
+    float of[Unit<BITS>::TILES][2][4] = {};  // [tile][n][2 h + c]: slot g + 8 h, position 4 t + 2 n + c
+    float offset[2] = {};                    // what is to be added to those of slots g and g + 8
+};
+__device__ constexpr bool as_half(int bits) { return bits < 16 || XTYPE == 0; }
+
+__device__ __forceinline__ float sum_of_halves(unsigned word) {
+    const float2 v = half_pair_of(word);
+    return v.x + v.y;
+}
+
+template <int BITS>
+__device__ __forceinline__ void score(Scores<BITS>& scores, const Queries& queries, const Unit<BITS>& unit, const Params& params, int t) {
+    typedef Unit<BITS> U;
     Queries scaled;
-    float offset[2] = {};  // query . zeros of the keys
     if (BITS == 16) {
         scaled = queries;
     } else {
+        float offset[HALVES] = {};
 #pragma unroll
-        for (int h = 0; h < HALVES; h++) {
+        for (int w = 0; w < 4 * CHUNKS; w++) {
+            const float2 s = params.key(0, w / 4, w % 4, t), z = params.key(1, w / 4, w % 4, t);
+            const float factor = code_factor<BITS>(w % 4);
 #pragma unroll
-            for (int w = 0; w < 4 * CHUNKS; w++) {
+            for (int h = 0; h < HALVES; h++) {
                 const float2 q = pair_of(queries.word[h][w]);
-                const float2 s = half_pair_of(reinterpret_cast<const unsigned*>(&scales.key[0][w / 4])[w % 4]);
-                const float2 z = half_pair_of(reinterpret_cast<const unsigned*>(&scales.key[1][w / 4])[w % 4]);
-                scaled.word[h][w] = to_half_pair(q.x * s.x, q.y * s.y);
-                offset[h] += q.x * z.x + q.y * z.y;
+                scaled.word[h][w] = to_half_pair(q.x * s.x * factor, q.y * s.y * factor);
+                offset[h] += q.x * z.x + q.y * z.y - CODE_OFFSET * sum_of_halves(scaled.word[h][w]);
             }
-            offset[h] = sum_of_quad(offset[h]);
         }
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) scores.offset[h] = sum_of_quad(offset[h]);
     }
-    float scores[TILES][2][4] = {};
+    constexpr int CHUNKS_A_VECTOR = CHUNKS / U::KEY_VECTORS;
 #pragma unroll
-    for (int j = 0; j < CHUNKS; j++)
+    for (int v = 0; v < U::KEY_VECTORS; v++)
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int tile = 0; tile < U::TILES; tile++)
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
+            for (int n = 0; n < 2; n++) {
+                unsigned words[U::KEY_VECTOR / 4];
+                read_words<U::KEY_VECTOR>(unit.key(tile, n, v), words);
 #pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    unsigned b0, b1;
-                    key_pairs<BITS>(unit.key[tile][n], j, s, b0, b1);
-                    const int w = 4 * j + 2 * s;
-                    multiply_add<AS_HALF>(scores[tile][n], scaled.word[0][w], BOTH ? scaled.word[HALVES - 1][w] : 0, scaled.word[0][w + 1],
-                                          BOTH ? scaled.word[HALVES - 1][w + 1] : 0, b0, b1);
-                }
+                for (int j = 0; j < CHUNKS_A_VECTOR; j++)
+#pragma unroll
+                    for (int s = 0; s < 2; s++) {
+                        unsigned b0, b1;
+                        key_pairs<BITS>(words, j, s, b0, b1);
+                        const int w = 4 * (v * CHUNKS_A_VECTOR + j) + 2 * s;
+                        multiply_add<as_half(BITS)>(scores.of[tile][n], scaled.word[0][w], BOTH ? scaled.word[HALVES - 1][w] : 0,
+                                                    scaled.word[0][w + 1], BOTH ? scaled.word[HALVES - 1][w + 1] : 0, b0, b1);
+                    }
+            }
+}
+
+// Turn scores into logarithms of weights: scaled, masked, and the running softmax brought to their maximum. `seen`: how many positions
+// of the unit row 0 of the step may see (row r sees r more).
+template <int BITS>
+__device__ __forceinline__ void weigh(Running& run, Scores<BITS>& scores, int seen, float scale, int g, int t) {
     float reached[2] = {run.largest[0], run.largest[1]};
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         const int sees = seen + (g + 8 * h) % ROWS;
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
+        for (int tile = 0; tile < Unit<BITS>::TILES; tile++)
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    float& score = scores[tile][n][2 * h + c];
-                    score = tile * TILE + 4 * t + 2 * n + c < sees ? (score + offset[h]) * scale : NOTHING;
-                    reached[h] = fmaxf(reached[h], score);
+                    float& one = scores.of[tile][n][2 * h + c];
+                    one = (one + scores.offset[h]) * scale;
+                    if (BITS == 16 && tile * TILE + 4 * t + 2 * n + c >= sees) one = NOTHING;
+                    reached[h] = fmaxf(reached[h], one);
                 }
         reached[h] = largest_of_quad(reached[h]);
     }
-    if (__any_sync(~0u, reached[0] > run.largest[0] || (BOTH && reached[1] > run.largest[1]))) {
+    if (!__any_sync(~0u, reached[0] > run.largest[0] || (BOTH && reached[1] > run.largest[1]))) return;
 #pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            const float shrink = reached[h] == NOTHING ? 1.f : exp2f(run.largest[h] - reached[h]);
-            run.largest[h] = reached[h];
-            run.weights[h] *= shrink;
-            run.zeros[h] *= shrink;
-            const float2 of_sums = of_own_slots(shrink, t);
+    for (int h = 0; h < HALVES; h++) {
+        const float shrink = reached[h] == NOTHING ? 1.f : exp2_of(run.largest[h] - reached[h]);
+        run.largest[h] = reached[h];
+        run.weights[h] *= shrink;
+        run.zeros[h] *= shrink;
+        const float2 of_sums = of_own_slots(shrink, t);
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++)
+        for (int i = 0; i < PAIRS; i++)
 #pragma unroll
-                for (int b = 0; b < 2; b++) run.sums[h][i][2 * b] *= of_sums.x, run.sums[h][i][2 * b + 1] *= of_sums.y;
-        }
+            for (int b = 0; b < 2; b++) run.sums[h][i][2 * b] *= of_sums.x, run.sums[h][i][2 * b + 1] *= of_sums.y;
     }
+}
+
+template <int BITS>
+__device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores, const Unit<BITS>& unit, const Params& params, int t) {
+    typedef Unit<BITS> U;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
+    for (int tile = 0; tile < U::TILES; tile++) {
         unsigned weight[2][HALVES];  // B: [positions 4 t + 2 n and + 1][slot half]
 #pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            const float base = run.largest[h] == NOTHING ? 0.f : run.largest[h];
+        for (int n = 0; n < 2; n++) {
+            float2 s = make_float2(1.f, 1.f), z = make_float2(0.f, 0.f);
+            if (BITS < 16) s = params.value(0, tile, n, t), z = params.value(1, tile, n, t);
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                float w[2];
-#pragma unroll
-                for (int c = 0; c < 2; c++) w[c] = exp2f(scores[tile][n][2 * h + c] - base);
-                run.weights[h] += w[0] + w[1];
+            for (int h = 0; h < HALVES; h++) {
+                const float base = run.largest[h] == NOTHING ? 0.f : run.largest[h];
+                const float first = exp2_of(scores.of[tile][n][2 * h] - base), second = exp2_of(scores.of[tile][n][2 * h + 1] - base);
+                run.weights[h] += first + second;
                 if (BITS == 16) {
-                    weight[n][h] = to_pair(w[0], w[1]);
+                    constexpr float factor = KV == 16 ? 1.f : WEIGHT_SCALE;  // the sums of a quantized cache carry it
+                    weight[n][h] = to_pair(first * factor, second * factor);
                 } else {
-                    const unsigned* const params = reinterpret_cast<const unsigned*>(&scales.value[tile]);
-                    const float2 s = half_pair_of(params[n]), z = half_pair_of(params[2 + n]);
-                    run.zeros[h] += w[0] * z.x + w[1] * z.y;
-                    weight[n][h] = to_half_pair(w[0] * s.x * WEIGHT_SCALE, w[1] * s.y * WEIGHT_SCALE);
+                    const float factor = WEIGHT_SCALE * code_factor<BITS>(n);
+                    weight[n][h] = to_half_pair(first * s.x * factor, second * s.y * factor);
+                    run.zeros[h] += first * z.x + second * z.y - CODE_OFFSET / WEIGHT_SCALE * sum_of_halves(weight[n][h]);
                 }
             }
         }
+        constexpr int PAIRS_A_VECTOR = PAIRS / U::VALUE_VECTORS;
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            unsigned a[2][2];  // [dimension b][positions 2 n and + 1]
+        for (int v = 0; v < U::VALUE_VECTORS; v++) {
+            unsigned words[U::VALUE_VECTOR / 4];
+            read_words<U::VALUE_VECTOR>(unit.value(tile, v), words);
 #pragma unroll
-            for (int b = 0; b < 2; b++) value_pairs<BITS>(unit.value[tile], i, b, a[b][0], a[b][1]);
+            for (int k = 0; k < PAIRS_A_VECTOR; k++) {
+                unsigned a[2][2];  // [dimension b][positions 2 n and + 1]
 #pragma unroll
-            for (int h = 0; h < HALVES; h++)
-                multiply_add<AS_HALF>(run.sums[h][i], a[0][0], a[1][0], a[0][1], a[1][1], weight[0][h], weight[1][h]);
+                for (int b = 0; b < 2; b++) value_pairs<BITS>(words, k, b, a[b][0], a[b][1]);
+#pragma unroll
+                for (int h = 0; h < HALVES; h++)
+                    multiply_add<as_half(BITS)>(run.sums[h][v * PAIRS_A_VECTOR + k], a[0][0], a[1][0], a[0][1], a[1][1], weight[0][h], weight[1][h]);
+            }
         }
     }
 }
@@ -396,39 +461,68 @@ struct Cache {
     __device__ __forceinline__ static int place(int position) { return KV == 16 ? position : position % RING; }
 };
 
-// Put this step's keys and values into the tile that was loaded around them, and into the cache. `from`: the tile's first position.
-__device__ __forceinline__ void insert_fresh(Unit<16>& unit, const Cache& cache, const xtype* key, const xtype* value, int stride, const xtype* cos,
-                                             const xtype* sin, int from, int position, int capacity, int g, int t) {
+// A head of this step before rope: this lane's dimensions and those that turn with them.
+struct Raw {
+    Eight own[CHUNKS], partner[CHUNKS];
+    __device__ __forceinline__ void load(const xtype* head, int t) {
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-        const int p = from + 4 * (g / 2) + g % 2 + 2 * n, r = p - position;
-        if (r < 0 || r >= ROWS || p >= capacity) continue;
-        Angles angles;
-        angles.load(cos, sin, p, t);
-        turn(key + (size_t)r * stride, angles, t, unit.key[0][n]);
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
-            *reinterpret_cast<uint4*>(cache.keys + (size_t)Cache::place(p) * HEAD_DIM + 32 * j + 8 * t) = *reinterpret_cast<const uint4*>(unit.key[0][n] + 4 * j);
+        for (int j = 0; j < CHUNKS; j++) {
+            const int first = 32 * j + 8 * t;
+            own[j].all = __ldcg(reinterpret_cast<const uint4*>(head + first));
+            partner[j].all = __ldcg(reinterpret_cast<const uint4*>(head + (first < HEAD_DIM / 2 ? first + HEAD_DIM / 2 : first - HEAD_DIM / 2)));
+        }
     }
+    // After rope, rounded where transformers rounds.
+    __device__ __forceinline__ void turn(const Angles& angles, unsigned words[4 * CHUNKS]) const {
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int p = from + 4 * t + e, r = p - position;
-        if (r < 0 || r >= ROWS || p >= capacity) continue;
-        unsigned fresh[PAIRS];  // all are loaded before the first is stored, or each would wait for the one before
+        for (int j = 0; j < CHUNKS; j++) {
+            Eight turned;
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) fresh[i] = __ldcg(reinterpret_cast<const unsigned*>(value + (size_t)r * stride + 16 * i + 2 * g));
-        unsigned short* const row = reinterpret_cast<unsigned short*>(cache.values + (size_t)(Cache::place(p) / 4) * HEAD_DIM * 4 + e);
+            for (int k = 0; k < 8; k++)
+                from_float(round_to_x(to_float(own[j].x[k]) * to_float(angles.cos[j].x[k])) +
+                               round_to_x(to_float(partner[j].x[k]) * to_float(angles.sin[j].x[k])), &turned.x[k]);
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++)
+            for (int w = 0; w < 4; w++) words[4 * j + w] = turned.word[w];
+        }
+    }
+};
+
+// A new position's key and value on their way into the tile that was loaded around them, and into the cache.
+struct Fresh {
+    Raw key;
+    unsigned value[PAIRS];
+
+    __device__ __forceinline__ void load(const xtype* key_head, const xtype* value_head, int g, int t) {
+        key.load(key_head, t);
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                unsigned& word = unit.value[0][4 * i + 2 * b + e / 2];
-                const unsigned one = b ? fresh[i] >> 16 : fresh[i] & 0xffff;
-                word = e % 2 ? (word & 0xffff) | one << 16 : (word & 0xffff0000) | one;
-                row[4 * (16 * i + 2 * g + b)] = one;
+        for (int i = 0; i < PAIRS; i++) value[i] = __ldcg(reinterpret_cast<const unsigned*>(value_head + 16 * i + 2 * g));
+    }
+    // `p`: the position; `inside`: its place in the tile.
+    __device__ __forceinline__ void place(const Unit<16>& unit, const Cache& cache, const Angles& angles, int p, int inside, int g, int t) const {
+        const int n = inside / 2 % 2, row = 2 * (inside / 4) + inside % 2, quad = inside / 4, e = inside % 4;
+        if (g == row) {
+            unsigned turned[4 * CHUNKS];
+            key.turn(angles, turned);
+#pragma unroll
+            for (int j = 0; j < CHUNKS; j++) {
+                const uint4 eight = make_uint4(turned[4 * j], turned[4 * j + 1], turned[4 * j + 2], turned[4 * j + 3]);
+                *reinterpret_cast<uint4*>(unit.key(0, n, j)) = eight;
+                *reinterpret_cast<uint4*>(cache.keys + (size_t)Cache::place(p) * HEAD_DIM + 32 * j + 8 * t) = eight;
             }
+        }
+        if (t == quad) {
+            unsigned short* const to = reinterpret_cast<unsigned short*>(cache.values + (size_t)(Cache::place(p) / 4) * HEAD_DIM * 4 + e);
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+                for (int b = 0; b < 2; b++) {
+                    const unsigned short one = b ? value[i] >> 16 : value[i] & 0xffff;
+                    reinterpret_cast<unsigned short*>(unit.value(0, i))[4 * b + e] = one;
+                    to[4 * (16 * i + 2 * g + b)] = one;
+                }
+        }
     }
-}
+};
 
 // --- quantizing a group ---------------------------------------------------------------------------------------------------
 
@@ -542,7 +636,7 @@ __device__ __forceinline__ float2 together(int count, Sums sums, Stats stats, fl
     for (int k = 0; k < count; k++) *largest = fmaxf(*largest, stats(k, 0));
     float2 total = make_float2(0.f, 0.f);  // sum, weights
     for (int k = 0; k < count; k++) {
-        const float share = stats(k, 0) == NOTHING ? 0.f : exp2f(stats(k, 0) - *largest);
+        const float share = stats(k, 0) == NOTHING ? 0.f : exp2_of(stats(k, 0) - *largest);
         total.x += share * sums(k), total.y += share * stats(k, 1);
     }
     return total;
@@ -557,7 +651,8 @@ __device__ __forceinline__ float2 together(int count, Sums sums, Stats stats, fl
 // partial       float [kv_heads][splits][SLOTS * (HEAD_DIM + STATS)]; arrived: int [kv_heads], zero
 // scale         of the scores, times log2 e
 // grid          (splits, and one more where KV < 16; kv_heads) blocks of (32, WARPS) threads
-extern "C" __global__ void __launch_bounds__(THREADS)
+// shared        WARPS * STAGES * SLOT_BYTES
+extern "C" __global__ void __launch_bounds__(THREADS, (BOTH ? 8 : 12) / WARPS)
 decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, const xtype* __restrict__ sin, const long long* __restrict__ position_at,
                  xtype* keys, xtype* values, char* key_codes, char* value_codes, __half* key_params, __half* value_params,
                  xtype* __restrict__ out, float* partial, int* arrived, int heads, int kv_heads, int capacity, int context, int splits, float scale) {
@@ -572,15 +667,14 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
 
     // A group is read from its codes once every row of a step has left it behind, and quantized in the steps just before.
     const int coded = KV == 16 ? 0 : max(0, position - ROWS) / QUANTUM * QUANTUM;  // positions
-    __shared__ union {
-        Part part[WARPS];
-        Gathered gathered;
-    } shared;
+    extern __shared__ __align__(16) char ring[];
+    char* const own_ring = ring + warp * STAGES * SLOT_BYTES;
+    static_assert(sizeof(Part) <= STAGES * SLOT_BYTES && sizeof(Gathered) <= WARPS * STAGES * SLOT_BYTES, "what is left in the ring after use fits");
     if (KV != 16 && split == splits) {
         wait_for_previous_kernel();
         allow_next_kernel();
         if (position >= QUANTUM && position % QUANTUM < ROWS)
-            quantize_group(shared.gathered, cache, key_codes, value_codes, key_params, value_params, position / QUANTUM - 1, thread);
+            quantize_group(*reinterpret_cast<Gathered*>(ring), cache, key_codes, value_codes, key_params, value_params, position / QUANTUM - 1, thread);
         return;
     }
     const int units_coded = coded / Coded::POSITIONS;
@@ -592,66 +686,90 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
         return;
     }
     const int first = split * WARPS + warp, all = active * WARPS;
-    Unit<BITS> unit;
-    const auto load_coded = [&](int u) { unit.load(key_codes, value_codes, u * Coded::POSITIONS, g, t); };
-    const auto load_plain = [&](Unit<16>& plain, int u) {
-        const int place = Cache::place(coded + (u - units_coded) * TILE);
-        plain.load(reinterpret_cast<const char*>(cache.keys), reinterpret_cast<const char*>(cache.values), place, g, t);
+    const auto place_of = [&](int u) { return Cache::place(coded + (u - units_coded) * TILE); };
+    const auto fetch = [&](int u, int stage) {
+        char* const slot = own_ring + stage * SLOT_BYTES;
+        if (KV != 16 && u < units_coded) {
+            Coded{slot, lane}.load(key_codes, value_codes, u * Coded::POSITIONS);
+            if (KV != 16) Params::load(slot + UNIT_BYTES, key_params, value_params, u * Coded::POSITIONS, lane);
+        } else if (u < units) {
+            Unit<16>{slot, lane}.load(reinterpret_cast<const char*>(cache.keys), reinterpret_cast<const char*>(cache.values), place_of(u));
+        }
+        end_of_unit();
     };
-#if KV == 16
-    if (first < units) load_plain(unit, first);
-#else
-    if (first < units_coded) load_coded(first);
-#endif
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) fetch(first + stage * all, stage);
     Angles angles;
     angles.load(cos, sin, min(position + g % ROWS, context - 1), t);
     wait_for_previous_kernel();
     allow_next_kernel();
 
     const int stride = (heads + 2 * kv_heads) * HEAD_DIM;
+    const xtype* const key = qkv + (heads + kv_head) * HEAD_DIM;
+    const xtype* const value = key + kv_heads * HEAD_DIM;
+    const auto has_fresh = [&](int u) { return u >= units_coded && coded + (u - units_coded + 1) * TILE > position; };
+    constexpr bool EARLY = ROWS == 1;  // the new position may lie in the first unit: load it with the queries, not after them
+    Fresh early;
+    const bool first_is_fresh = EARLY && first < units && has_fresh(first);
+    if (first_is_fresh) early.load(key, value, g, t);
     Queries queries;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         const int slot = g + 8 * h, r = slot % ROWS;  // of slots that are none any query will do
         if (h && ROWS > 1 && 8 % ROWS) angles.load(cos, sin, min(position + r, context - 1), t);
-        turn(qkv + (size_t)r * stride + (kv_head * GROUP + min(slot / ROWS, GROUP - 1)) * HEAD_DIM, angles, t, queries.word[h]);
+        Raw raw;
+        raw.load(qkv + (size_t)r * stride + (kv_head * GROUP + min(slot / ROWS, GROUP - 1)) * HEAD_DIM, t);
+        raw.turn(angles, queries.word[h]);
     }
-    const xtype* const key = qkv + (heads + kv_head) * HEAD_DIM;
-    const xtype* const value = key + kv_heads * HEAD_DIM;
-    Running run;
-    int u = first;
-    const auto attend_plain = [&](Unit<16>& plain) {
+    wait_for_unit();
+    if (first_is_fresh && position < context) early.place(Unit<16>{own_ring, lane}, cache, angles, position, position % TILE, g, t);
+    const auto place_fresh = [&](const Unit<16>& plain, int u) {
         const int from = coded + (u - units_coded) * TILE;
-        if (from + TILE > position)
-            insert_fresh(plain, cache, key, value, stride, cos, sin, from, position, KV == 16 ? capacity : context, g, t);
-        const Scales<16> none{};
-        attend<16>(run, queries, plain, none, position + 1 - from, scale, g, t);
+#pragma unroll 1
+        for (int r = 0; r < ROWS; r++) {
+            const int p = position + r;
+            if (p < from || p >= from + TILE || p >= context) continue;
+            Fresh fresh;
+            Angles turned;
+            fresh.load(key + (size_t)r * stride, value + (size_t)r * stride, g, t);
+            turned.load(cos, sin, p, t);
+            fresh.place(plain, cache, turned, p, p - from, g, t);
+        }
     };
-#if KV == 16
-    for (; u < units; u += all) {
-        if (u != first) load_plain(unit, u);
-        attend_plain(unit);
+    Running run;
+    int stage = 0;
+    for (int u = first; u < units; u += all) {
+        if (u != first) wait_for_unit();
+        char* const slot = own_ring + stage * SLOT_BYTES;
+        if (KV != 16 && u < units_coded) {
+            Scores<BITS> scores;
+            const Coded unit{slot, lane};
+            const Params params{slot + UNIT_BYTES};
+            score<BITS>(scores, queries, unit, params, t);
+            weigh<BITS>(run, scores, Coded::POSITIONS, scale, g, t);
+            gather<BITS>(run, scores, unit, params, t);
+        } else {
+            const Unit<16> unit{slot, lane};
+            if (has_fresh(u) && !(EARLY && u == first)) place_fresh(unit, u);
+            Scores<16> scores;
+            score<16>(scores, queries, unit, Params{}, t);
+            weigh<16>(run, scores, position + 1 - coded - (u - units_coded) * TILE, scale, g, t);
+            gather<16>(run, scores, unit, Params{}, t);
+        }
+        __syncwarp();
+        fetch(u + STAGES * all, stage);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
-#else
-    for (; u < units_coded; u += all) {
-        if (u != first) load_coded(u);
-        Scales<BITS> scales;
-        scales.load(key_params, value_params, u * Coded::POSITIONS, g, t);
-        attend<BITS>(run, queries, unit, scales, Coded::POSITIONS, scale, g, t);
+    if (KV != 16) {
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) run.sums[h][i][c] *= 1.f / WEIGHT_SCALE;
     }
-#pragma unroll
-    for (int h = 0; h < HALVES; h++)
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) run.sums[h][i][c] *= 1.f / WEIGHT_SCALE;
-    for (; u < units; u += all) {
-        Unit<16> plain;
-        load_plain(plain, u);
-        attend_plain(plain);
-    }
-#endif
-    leave(shared.part[warp], run, g, t);
+    const auto part = [&](int w) { return reinterpret_cast<Part*>(ring + w * STAGES * SLOT_BYTES); };  // of a warp, in what was its own ring
+    leave(*part(warp), run, g, t);
     __syncthreads();
 
     Part* const parts = reinterpret_cast<Part*>(partial) + (size_t)kv_head * splits;
@@ -662,7 +780,7 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
     for (int at = thread; at < SLOTS * HEAD_DIM; at += THREADS) {
         const int slot = at / HEAD_DIM, d = at % HEAD_DIM;
         float largest;
-        const float2 total = together(WARPS, [&](int k) { return shared.part[k].sums[slot][d]; }, [&](int k, int s) { return shared.part[k].stats[slot][s]; }, &largest);
+        const float2 total = together(WARPS, [&](int k) { return part(k)->sums[slot][d]; }, [&](int k, int s) { return part(k)->stats[slot][s]; }, &largest);
         if (active == 1) {
             finish(slot, d, total);
         } else {

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from trapetum import build, plans
-from trapetum.gemv_plans import LANES, STEP, Plan, Room, gated_plan_for, memory, plan_for
+from trapetum.gemv_plans import LANES, STEP, Plan, Room, memory, plan_for
 from trapetum.launch import integer, kernel, pointer
 
 SOURCE = "codebook_gemv.cu"
@@ -184,31 +184,26 @@ def plan_key(device: int, in_features: int, out_features: int, bits: int, rows: 
     return plans.Key(*_tuned_for(device), in_features, out_features, bits, rows)
 
 
-def _plan(x: torch.Tensor, in_features: int, out_features: int, bits: int, rows: int, gated: bool) -> Plan:
+def _plan(x: torch.Tensor, in_features: int, out_features: int, bits: int, rows: int) -> Plan:
     """The tuned launch shape if there is one (they are tuned in fp16), or the default."""
     device, wide = x.get_device(), x.dtype == torch.float32
-    if gated:
-        return gated_plan_for(in_features, out_features, bits, rows, room_of(device))
     tuned = None if wide else plans.load_as(Plan, plan_key(device, in_features, out_features, bits, rows))
     return tuned or plan_for(in_features, out_features, bits, rows * (1 + wide), room_of(device))
 
 
-def _check_fused(x: torch.Tensor, in_features: int, outputs: int, norm, gated: bool, plan: Plan) -> None:
-    if norm is not None and (
-        x.dtype == torch.float32 or in_features % 8 or x.data_ptr() % 16 or norm.data_ptr() % 16
-    ):
+def _check_fused(x: torch.Tensor, in_features: int, norm: torch.Tensor | None, paired: bool) -> None:
+    named = "a norm" if norm is not None else "two factors"
+    if x.dtype == torch.float32 or in_features % 8 or x.data_ptr() % 16:
         raise ValueError(
-            f"a product with a norm takes float16 or bfloat16 x of a multiple of 8 inputs at a multiple of 16 bytes, not "
-            f"{in_features} inputs in {x.dtype}; normalise first."
+            f"a product with {named} takes float16 or bfloat16 x of a multiple of 8 inputs at a multiple of 16 bytes, not "
+            f"{in_features} inputs in {x.dtype}."
         )
-    if norm is not None and (norm.shape != (in_features,) or norm.dtype != x.dtype):
+    if norm is None:
+        return
+    if paired or norm.shape != (in_features,) or norm.dtype != x.dtype or norm.data_ptr() % 16:
         raise ValueError(
-            f"the norm's weight must be {x.dtype} [{in_features}], not {norm.dtype} {list(norm.shape)}."
-        )
-    if gated and (outputs % (2 * LANES) or plan.channels != 2 * LANES):
-        raise ValueError(
-            f"a gated product takes a multiple of {2 * LANES} rows of weights (gates, then as many ups) and a plan of "
-            f"{2 * LANES} channels, not {outputs} rows and {plan.channels} channels."
+            f"the norm's weight must be {x.dtype} [{in_features}] at a multiple of 16 bytes for an x of one factor, not "
+            f"{norm.dtype} {list(norm.shape)}."
         )
 
 
@@ -225,7 +220,8 @@ def gemv(
     residual: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
-    gated: bool = False,
+    silu: bool = False,
+    paired: bool = False,
     late: bool = False,
 ) -> torch.Tensor:
     """y = x @ dequantized.T + bias + residual, decoded inside the multiply.
@@ -244,22 +240,25 @@ def gemv(
         residual: what is added to the result, shaped like it and in x's dtype, or None.
         norm: weight [in_features] of an RMS norm that x goes through first, in x's dtype (fp16 or bf16), or None.
         eps: of the norm.
-        gated: the weight's rows are gates, then as many ups, and y = silu(gate) * up.
+        silu: the first half of the weight's rows are gates, whose results go through SiLU (fp16 and bf16).
+        paired: x is [rows, 2 * in_features], and what is multiplied is its first half times its second: as a product with
+            `silu` leaves it.
         late: with `pdl`, let the next kernel start only once the one before this has finished.
 
     Returns:
-        [out_features], or [rows, out_features] for a two-dimensional x, in x's dtype; half as wide when gated.
+        [out_features], or [rows, out_features] for a two-dimensional x, in x's dtype.
 
     Raises:
-        ValueError: more rows than a launch takes, a plan that does not fit, or a norm or gates that the kernel cannot do.
+        ValueError: more rows than a launch takes, a plan that does not fit, or a norm or factors that the kernel cannot do.
     """
     device = x.get_device()
     out_features, n_codes = codebook.shape
-    rows = x.numel() // in_features
+    rows = x.numel() // (in_features * (1 + paired))
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"one launch multiplies 1 to {MAX_ROWS} rows of x, not {rows}.")
-    plan = plan or _plan(x, in_features, out_features, bits, rows, gated)
-    _check_fused(x, in_features, out_features, norm, gated, plan)
+    plan = plan or _plan(x, in_features, out_features, bits, rows)
+    if norm is not None or paired:
+        _check_fused(x, in_features, norm, paired)
     staged, limit = rows * (2 if x.dtype == torch.float32 else 1), room_of(device).a_block
     panel, shared_bytes = memory(plan, in_features, bits, staged, limit)
     if not panel:
@@ -267,11 +266,10 @@ def gemv(
             f"{plan} with {rows} rows needs more than the {limit} bytes of shared memory a block has here."
         )
     what = (f"BITS={bits}", f"XTYPE={_DTYPE_CODE[x.dtype]}", f"ROWS={rows}", *plan.defines)
-    extras = {"NORM=1": norm is not None, "GATED=1": gated, "LATE=1": late}
+    extras = {"NORM=1": norm is not None, "SILU=1": silu, "PAIRED=1": paired, "LATE=1": late}
     function = kernel(SOURCE, "codebook_gemv", (*what, *(name for name, on in extras.items() if on)), device)
     if out is None:
-        width = out_features // 2 if gated else out_features
-        out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
+        out = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
     arguments = [pointer(t) for t in (codes, codebook, x, bias, residual, out)]
     sizes = (in_features, out_features, steps_for(in_features, bits), n_codes)
     arguments += [integer(v) for v in (*sizes, plan.rounds(in_features, bits), panel)]

@@ -16,6 +16,7 @@ HEAD_DIMS = (32, 64, 128)
 MOST_QUERIES = 16  # of a key head and step: a tensor-core tile
 MOST_SPLITS = 32
 _STATS = 2
+_BLOCKS_A_MULTIPROCESSOR = 2
 _DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1}
 
 
@@ -70,6 +71,7 @@ class Attention:
         device: index of the GPU.
         warps: a block.
         units: pieces of the cache that a warp should have before another block joins in.
+        stages: pieces that a warp has on their way.
         splits: blocks of a key head at most; None fills the device twice.
     """
 
@@ -81,13 +83,18 @@ class Attention:
         device: int,
         warps: int = 4,
         units: int = 1,
+        stages: int = 2,
         splits: int | None = None,
     ):
         problem = why_not(heads.head_dim, heads.group, rows, dtype, torch.cuda.get_device_capability(device))
         if problem:
             raise ValueError(problem)
-        self.heads, self.rows, self.warps = heads, rows, warps
-        wanted = -(-2 * room_of(device).sms // heads.kv_heads)
+        self.heads, self.rows, self.warps, self.stages = heads, rows, warps, stages
+        if self.shared_bytes(4) + 64 > room_of(device).a_block:
+            self.stages = 1
+        wanted = (
+            _BLOCKS_A_MULTIPROCESSOR * room_of(device).sms // heads.kv_heads
+        )  # all at once, none in a second turn
         self.splits = splits or min(MOST_SPLITS, max(1, wanted))
         slots = heads.group * rows * (heads.head_dim + _STATS)
         self.partial = torch.zeros(
@@ -100,8 +107,15 @@ class Attention:
             f"GROUP={heads.group}",
             f"ROWS={rows}",
             f"WARPS={warps}",
+            f"STAGES={self.stages}",
             f"UNITS={units}",
         )
+
+    def shared_bytes(self, bits: int) -> int:
+        """Dynamic shared memory of a block for a cache of so many bits."""
+        dim = self.heads.head_dim
+        slot = 64 * dim + (0 if bits == 16 else 4 * dim + 64 * (16 // bits))
+        return self.warps * self.stages * slot
 
     def __call__(
         self,
@@ -133,7 +147,7 @@ class Attention:
         arguments += [integer(v) for v in numbers]
         arguments += [(sizes.scale * math.log2(math.e), ctypes.c_float)]
         grid = (self.splits + (cache.bits < 16), sizes.kv_heads, 1)
-        function.launch(grid, (32, self.warps, 1), 0, arguments, pdl)
+        function.launch(grid, (32, self.warps, 1), self.shared_bytes(cache.bits), arguments, pdl)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ def _require_kernels(llama: LlamaStep, rows: int) -> None:
             f"the fused step needs a hidden size that is a multiple of 8 and an intermediate size that is one of 32, not "
             f"{llama.hidden} and {llama.intermediate}; use the stage graph."
         )
+    if len({type(product) for layer in layers for product in (layer.gate_up, layer.down)}) > 1:
+        raise UnsupportedModel(
+            "the fused step needs codes in all of gate, up and down or in none of them; use the stage graph."
+        )
     if not llama.gated_by_silu:
         raise UnsupportedModel("the fused step multiplies by silu(gate) only; use the stage graph.")
 
@@ -86,7 +90,8 @@ class FusedStep:
 
         self._x, self._middle = buffer(llama.hidden), buffer(llama.hidden)
         self._qkv, self._attended = buffer(self._heads.row), buffer(self._heads.heads * self._heads.head_dim)
-        self._gated, self.logits = buffer(llama.intermediate), buffer(llama.head.out_features)
+        self._gated = buffer(llama.intermediate * llama.layers[0].gate_up.factors)
+        self.logits = buffer(llama.head.out_features)
 
     # What a generation calls
 
@@ -108,8 +113,9 @@ class FusedStep:
                 place = self.state.position, self._cos, self._sin
                 self._attention(self._qkv, cache, *place, self._attended, self._pdl)
             self._product(layer.out, self._attended, self._middle, residual=self._x)
-            self._product(layer.gate_up, self._middle, self._gated, norm=layer.mlp_norm, gated=True)
-            self._product(layer.down, self._gated, self._x, residual=self._middle)
+            gate, down = layer.gate_up.gate_options
+            self._product(layer.gate_up, self._middle, self._gated, norm=layer.mlp_norm, **gate)
+            self._product(layer.down, self._gated, self._x, residual=self._middle, **down)
         self._product(self._llama.head, self._x, self.logits, norm=self._norm)
         if "sampling" not in self.without:
             cuda_token.next_token(self.logits, self.state, self._embedding, self._x, self._pdl)

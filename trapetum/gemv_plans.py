@@ -123,26 +123,6 @@ def plan_for(in_features: int, out_features: int, bits: int, staged: int = 1, ro
     return next(plan for plan in _smaller(wanted, staged) if _usable(plan, in_features, bits, staged, room))
 
 
-def gated_plan_for(
-    in_features: int, out_features: int, bits: int, staged: int = 1, room: Room = H100
-) -> Plan:
-    """The launch shape of a gated product (`out_features` counts gates and ups), whose blocks hold 64 channels.
-
-    Args:
-        staged: rows of x.
-
-    Raises:
-        ValueError: 64 channels do not fit the device's shared memory.
-    """
-    wanted = [Plan(8, 2, 3, 64), Plan(8, 4, 2, 64), Plan(16, 1 if bits == 3 else 2, 1, 64), Plan(8, 1, 1, 64)]
-    for plan in wanted if staged == 1 else wanted[2:]:
-        if _usable(plan, in_features, bits, staged, room):
-            return plan
-    raise ValueError(
-        f"a gated product of {staged} rows needs more than the {room.a_block} bytes of shared memory a block has here."
-    )
-
-
 def _smaller(plan: Plan, staged: int) -> Iterator[Plan]:
     """`plan` and others that need less and less shared memory; the last fits every device."""
     yield plan

@@ -63,7 +63,15 @@ def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 
 class Dense:
-    """y = x W^T + b with x and y in `dtype`; W may be narrower (a 16-bit head behind float32 activations)."""
+    """y = x W^T + b with x and y in `dtype`; W may be narrower (a 16-bit head behind float32 activations).
+
+    Attributes:
+        gate_options: what `launch` is told for gate+up, and then for down, to make silu(gate) * up between them.
+        factors: in how many factors gate+up leaves the input of down.
+    """
+
+    gate_options = ({"gated": True}, {})
+    factors = 1
 
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype):
         weights = [layer.weight.detach() for layer in layers]
@@ -94,6 +102,9 @@ class Dense:
 
 class Codebook:
     """The same with W read from its codes; `rows` dequantizes W and multiplies."""
+
+    gate_options = ({"silu": True}, {"paired": True})
+    factors = 2
 
     def __init__(self, layers: Sequence[CodebookLinear], dtype: torch.dtype):
         for layer in layers:
