@@ -1,13 +1,16 @@
 """Every stage gives transformers' greedy tokens; the engine's sentences; the framework floor."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from trapetum import models
+from trapetum import decode, models
 from trapetum.checkpoint import ModelError
 from trapetum.decode import DecodeError, Engine, Generation, stages
-from trapetum.decoders import bucket_for
+from trapetum.decoders import LeanDecoder, bucket_for
 from trapetum.linear import CodebookLinear
 from trapetum.llama_step import UnsupportedModel
 from trapetum.paths import BUILTIN_MODEL
@@ -205,6 +208,43 @@ def test_the_models_own_limit_bounds_the_context():
         engine.generate(PROMPT, 100)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(kv="fp8"), "kept in fp16, int8, int4, not 'fp8'"),
+        (dict(kv="int8"), "a cache in int8 and steps of 1 rows need the stage fused or pdl, not 'lean'"),
+        (dict(rows=0), "1 to 8 rows, not 0"),
+        (dict(rows=9), "1 to 8 rows, not 9"),
+        (dict(rows=4), "steps of 4 rows need the stage fused or pdl"),
+        (dict(max_context=1), "a context of 1 has no room for a prompt and an answer"),
+    ],
+)
+def test_options_that_an_engine_cannot_have(options, words):
+    with pytest.raises(DecodeError, match=words):
+        Engine(tiny(), "lean", **options)
+
+
+@pytest.mark.parametrize("stage", CPU_STAGES)
+def test_sampling_needs_a_fused_stage(stage):
+    with pytest.raises(DecodeError, match=f"'{stage}' is greedy; sampling needs the stage fused or pdl"):
+        Engine(tiny(), stage).generate(PROMPT, 4, temperature=0.7)
+
+
+@pytest.mark.parametrize("stage", CPU_STAGES)
+def test_only_fused_stages_have_a_step_of_their_own(stage):
+    engine = Engine(tiny(bits=4), stage)
+    assert engine.step is None and engine.steps == 0
+    engine.generate(PROMPT, 4)
+    assert engine.steps == 0
+
+
+def test_a_model_on_two_devices_is_refused():
+    model = tiny()
+    model.lm_head = torch.nn.Linear(64, 256, device="meta")
+    with pytest.raises(DecodeError, match="spread over cpu, meta; move it to one device"):
+        Engine(model, "lean")
+
+
 def test_stages_of_devices():
     assert stages("cpu") == CPU_STAGES and stages("cuda:0") == (
         *("naive", "cast_free", "graph", "fused", "pdl"),
@@ -223,6 +263,145 @@ def test_without_linears_and_back(stage, bits):
     with engine.without("linears") as floor:
         assert floor.generate(PROMPT, 5).tokens == [0] * 5
     assert engine.generate(PROMPT, 10).tokens == before
+
+
+@pytest.mark.parametrize("stage", CPU_STAGES)
+def test_parts_that_a_stage_does_not_have(stage):
+    engine = Engine(tiny(bits=4), stage)
+    parts = {"naive": ("linears", "casts"), "cast_free": ("linears",), "lean": engine.parts}
+    assert engine.parts == parts[stage] and "linears" in engine.parts
+    wrong = "casts" if stage == "lean" else "attention"
+    words = f"{stage!r} cannot leave out {wrong!r}; it can leave out {', '.join(engine.parts)}"
+    with pytest.raises(DecodeError, match=words), engine.without("linears", wrong):
+        pass
+    assert "casts" not in Engine(tiny(), "naive").parts  # dense weights have none
+
+
+def test_what_is_left_out_inside_is_left_out_beside_what_is_already():
+    engine = Engine(tiny(bits=4), "lean")
+    before = engine.generate(PROMPT, 10).tokens
+    with engine.without("attention"):
+        alone = engine.generate(PROMPT, 10).tokens
+        with engine.without("norms"):
+            both = engine.generate(PROMPT, 10).tokens
+        assert engine.generate(PROMPT, 10).tokens == alone
+    with engine.without("norms", "attention"):
+        assert engine.generate(PROMPT, 10).tokens == both
+    assert engine.generate(PROMPT, 10).tokens == before != alone != both
+
+
+# --- memory that does not suffice ------------------------------------------------------------------------------------
+
+
+def test_a_context_that_no_host_holds():
+    model = tiny(bits=4, max_position_embeddings=10**13)
+    with pytest.raises(
+        DecodeError, match=f"a context of {10**13} at the stage 'lean' needs about"
+    ) as refused:
+        Engine(model, "lean", max_context=10**13)
+    cache = 2 * 2 * 2 * 16 * 4 * 10**13  # layers, keys and values, heads, width, bytes
+    assert f"{cache / 1e9:.2f} GB of it for the fp16 cache" in str(refused.value)
+    assert str(refused.value).endswith("choose a shorter max_context, or weights of fewer bits.")
+    assert len(Engine(model, "lean").generate(PROMPT, 4).tokens) == 4
+
+
+class Large:
+    """Stands for a tensor that was made before memory ran out."""
+
+
+def without_memory(made):
+    def fail(*_):
+        tensor = Large()
+        made.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 EiB.")
+
+    return fail
+
+
+def test_nothing_is_held_by_an_engine_that_did_not_fit(monkeypatch):
+    made = []
+    monkeypatch.setattr(decode, "LeanDecoder", without_memory(made))
+    with pytest.raises(DecodeError, match="a context of 64 .* more than are free on cpu") as refused:
+        Engine(tiny(bits=4), "lean", max_context=64)
+    gc.collect()
+    assert made[0]() is None
+    assert refused.value.__context__ is None and refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize("what", ["prepare", "_first", "step_times"])
+def test_memory_that_runs_out_later_is_said_too_and_the_engine_goes_on(what, monkeypatch):
+    engine, made = Engine(tiny(bits=4), "lean", max_context=64), []
+    before = engine.generate(PROMPT, 4).tokens
+    with monkeypatch.context() as patched:
+        patched.setattr(LeanDecoder, what, without_memory(made))
+        words = "64 and a prompt of 7 tokens" if what == "_first" else "context of 64 at the stage 'lean'"
+        with pytest.raises(DecodeError, match=words):
+            engine.step_times(8, 2) if what == "step_times" else engine.generate(PROMPT, 4)
+    gc.collect()
+    assert made[0]() is None and engine.generate(PROMPT, 4).tokens == before
+
+
+def test_an_error_at_the_end_of_a_failed_capture_counts_as_lack_of_memory(monkeypatch):
+    def fail(*_):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(LeanDecoder, "prepare", fail)
+    with pytest.raises(DecodeError, match="needs about"):
+        Engine(tiny(), "lean").generate(PROMPT, 4)
+
+
+def test_other_errors_stay_what_they_are(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(LeanDecoder, "prepare", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Engine(tiny(), "lean").generate(PROMPT, 4)
+
+
+class Replayed:
+    """A decoder like the fused one, whose step may be told to choose no token."""
+
+    parts = ("linears", "sampling")
+
+    def __init__(self, *_):
+        self.step = self
+        self.without = frozenset()
+
+    def prepare(self, prompt, count):
+        raise AssertionError("a step that chooses no token would never end")
+
+
+def as_on_a_card(monkeypatch):
+    monkeypatch.setattr(decode, "stages", lambda device: decode.STAGES)
+    monkeypatch.setattr(decode, "FusedDecoder", Replayed)
+
+
+@pytest.mark.parametrize("stage", ["fused", "pdl"])
+def test_a_step_that_chooses_no_token_cannot_generate(stage, monkeypatch):
+    as_on_a_card(monkeypatch)
+    engine = Engine(tiny(), stage)
+    engine.step.without = frozenset({"sampling"})
+    with pytest.raises(DecodeError, match="no token is ever chosen, so there is nothing to generate"):
+        engine.generate(PROMPT, 4)
+
+
+def test_drafts_are_verified_greedily(monkeypatch):
+    as_on_a_card(monkeypatch)
+    with pytest.raises(DecodeError, match="4 rows .* cannot sample at temperature 0.5; make it with rows=1"):
+        Engine(tiny(), "pdl", rows=4).generate(PROMPT, 4, temperature=0.5)
+
+
+@pytest.mark.parametrize(("kv", "cure"), [("fp16", "'int8' or 'int4'"), ("int8", "'int4'"), ("int4", None)])
+def test_smaller_caches_are_a_cure_where_there_are_any(kv, cure, monkeypatch):
+    as_on_a_card(monkeypatch)
+    monkeypatch.setattr(decode, "FusedDecoder", without_memory([]))
+    with pytest.raises(DecodeError, match=f"for the {kv} cache") as refused:
+        Engine(tiny(torch.float16), "fused", 1024, kv)
+    assert (f"kv={cure}" in str(refused.value)) if cure else ("kv=" not in str(refused.value))
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -355,6 +534,18 @@ def test_gpu_without_linears_and_back(stage):
     before = engine.generate(PROMPT, 10).tokens
     with engine.without("linears") as floor:
         assert floor.generate(PROMPT, 5).tokens == [0] * 5
+    assert engine.generate(PROMPT, 10).tokens == before
+
+
+@pytest.mark.gpu
+def test_gpu_without_casts_the_cache_goes_on_growing():
+    from transformers import DynamicCache
+
+    engine = Engine(tiny(torch.float16, "cuda", 4), "naive")
+    before = engine.generate(PROMPT, 10).tokens
+    with engine.without("casts"):
+        assert isinstance(engine._decoder._cache(), DynamicCache)
+        assert len(engine.generate(PROMPT, 10).tokens) == 10
     assert engine.generate(PROMPT, 10).tokens == before
 
 
