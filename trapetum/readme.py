@@ -5,57 +5,31 @@ from, so that `trapetum verify` can check it. Pictures go to `data/pictures/`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from trapetum import readme_targets
+from trapetum import readme_decode, readme_decode_targets, readme_targets, waterfall
 from trapetum import records as rec
 from trapetum.build import write_atomically
-from trapetum.paths import DATA, RECORDS, ROOT
+from trapetum.paths import DATA, PUBLISHED, RECORDS, ROOT
+from trapetum.readme_cells import (
+    OWN_DENSE,
+    cited,
+    current,
+    devices,
+    is_gpu,
+    longest,
+    main_model,
+    markdown,
+    one,
+    plain,
+    ratio,
+    stage_number,
+    usual,
+)
 from trapetum.records import Record
 
 PICTURES = DATA / "pictures"
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def cited(record: Record | None, digits: int = 3, unit: str = "") -> str:
-    """A record's value for a table cell, with the comment that names the record."""
-    if record is None:
-        return "-"
-    from trapetum.workbook import significant
-
-    return f"{significant(record.value, digits)}{unit}<!-- record:{record.id} -->"
-
-
-def ratio(above: Record | None, below: Record | None) -> str:
-    """above / below as a cited speedup."""
-    if above is None or below is None:
-        return "-"
-    return f"{above.value / below.value:.2f}x<!-- ratio:{above.id}/{below.id} -->"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _one(records: Iterable[Record], quantity: str, method: str | None = None, **config) -> Record | None:
-    found = rec.select(records, quantity=quantity, method=method, **{"beside": None, **config})
-    return found[-1] if found else None
-
-
-def devices(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Measured records by device name, GPUs first."""
-    groups: dict[str, list[Record]] = {}
-    for r in records:
-        if r.kind == "measured" and r.device.get("name"):
-            groups.setdefault(r.device["name"], []).append(r)
-    return dict(
-        sorted(groups.items(), key=lambda item: not item[1][0].device.get("arch", "").startswith("sm_"))
-    )
-
-
-def _is_gpu(records: Sequence[Record]) -> bool:
-    return str(records[0].device.get("arch", "")).startswith("sm_")
 
 
 def _shapes(records: Sequence[Record]) -> list[tuple[int, int]]:
@@ -74,11 +48,11 @@ def gemv_gpu(records: Sequence[Record]) -> str:
     rows = []
     for in_features, out_features in _shapes(records):
         where = dict(in_features=in_features, out_features=out_features, l2="cold")
-        dense = _one(records, "gemv_time", "linear-fp16", **where)
-        alone = _one(records, "gemv_time", "codebook", bits=4, chain="alone", **where)
-        chain = _one(records, "gemv_time", "codebook", bits=4, chain="pdl", **where)
-        peer = _one(records, "gemv_time", "tinygemm-int4", **where)
-        floor = _one(records, "gemv_time", "read", bits=4, chain="alone", **where)
+        dense = one(records, "gemv_time", "linear-fp16", **where)
+        alone = one(records, "gemv_time", "codebook", bits=4, chain="alone", **where)
+        chain = one(records, "gemv_time", "codebook", bits=4, chain="pdl", **where)
+        peer = one(records, "gemv_time", "tinygemm-int4", **where)
+        floor = one(records, "gemv_time", "read", bits=4, chain="alone", **where)
         times = [cited(r) for r in (dense, peer, alone, chain, floor)]
         rows.append([f"{in_features} x {out_features}", *times, ratio(dense, alone), ratio(dense, chain)])
     header = [
@@ -89,7 +63,7 @@ def gemv_gpu(records: Sequence[Record]) -> str:
         "codebook, PDL chain",
         "read only",
     ]
-    return _markdown([*header, "alone", "in a chain"], rows)
+    return markdown([*header, "alone", "in a chain"], rows)
 
 
 def gemv_cpu(records: Sequence[Record]) -> str:
@@ -97,44 +71,17 @@ def gemv_cpu(records: Sequence[Record]) -> str:
     rows = []
     for in_features, out_features in _shapes(records):
         where = dict(in_features=in_features, out_features=out_features, l2="cold")
-        dense = [_one(records, "gemv_time", f"linear-{d}", **where) for d in ("fp32", "bf16", "fp16")]
-        peer = _one(records, "gemv_time", "torch-int4", **where)
-        ours = _one(records, "gemv_time", "codebook", bits=4, path="int16", **where)
-        floor = _one(records, "gemv_time", "read", bits=4, **where)
+        dense = [one(records, "gemv_time", f"linear-{d}", **where) for d in ("fp32", "bf16", "fp16")]
+        peer = one(records, "gemv_time", "torch-int4", **where)
+        ours = one(records, "gemv_time", "codebook", bits=4, path="int16", **where)
+        floor = one(records, "gemv_time", "read", bits=4, **where)
         if not all(dense):
             continue
         best = min(dense[1:], key=lambda r: r.value)
         times = [cited(r) for r in (*dense, peer, ours, floor)]
         rows.append([f"{in_features} x {out_features}", *times, ratio(dense[0], ours), ratio(best, ours)])
     header = ["in x out", "fp32", "bf16", "fp16", "torch int4", "codebook int16", "read only"]
-    return _markdown([*header, "against fp32", "against the better 16-bit"], rows)
-
-
-def decode(records: Sequence[Record]) -> str:
-    """Decode speed and memory by stage, and the speedup over the fastest dense model of the same stage and length."""
-    speeds = [r for r in records if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
-    rows = []
-    for stage in dict.fromkeys(r.config["stage"] for r in speeds):
-        at = [r for r in speeds if r.config["stage"] == stage]
-        for r in sorted(at, key=lambda r: r.method == "codebook"):
-            same = {k: r.config[k] for k in ("stage", "model", "bits", "new_tokens")}
-            held = _one(records, "decode_memory", r.method, **same)
-            rivals = [d for d in at if d.method != "codebook" and _as_long(d, r)]
-            gain = (
-                ratio(r, max(rivals, key=lambda d: d.value, default=None)) if r.method == "codebook" else ""
-            )
-            name = f"{r.config['bits']}-bit codebook" if r.method == "codebook" else r.method
-            moved = f"{rec.implied_gbps(r) or 0:.0f}"
-            rows.append([f"{stage}, {name}", str(r.config["new_tokens"]), cited(r), moved, cited(held), gain])
-    return _markdown(
-        ["stage, weights", "tokens", "tok/s", "GB/s", "peak GB", "against the fastest dense"], rows
-    )
-
-
-def _as_long(one: Record, other: Record) -> bool:
-    """Whether two decodes are of about the same length, so that their caches are."""
-    lengths = sorted((one.config["new_tokens"], other.config["new_tokens"]))
-    return lengths[1] <= 1.25 * lengths[0]
+    return markdown([*header, "against fp32", "against the better 16-bit"], rows)
 
 
 def accuracy(records: Sequence[Record]) -> str:
@@ -142,52 +89,120 @@ def accuracy(records: Sequence[Record]) -> str:
     found = [r for r in records if r.quantity == "perplexity" and r.config.get("model") == "builtin"]
     found = [r for r in found if r.config.get("text") == "builtin"]
     methods = [m for m in dict.fromkeys(r.method for r in found) if m != "fp"]
-    dense = _one(found, "perplexity", "fp")
+    dense = one(found, "perplexity", "fp")
     rows = [["as it is (bf16)", cited(dense, 4), *[""] * (len(methods) - 1)]] if dense else []
     for bits in sorted({r.config["bits"] for r in found if r.method != "fp"}, reverse=True):
-        rows.append([f"{bits} bits", *(cited(_one(found, "perplexity", m, bits=bits), 4) for m in methods)])
-    return _markdown(["", *methods], rows)
+        rows.append([f"{bits} bits", *(cited(one(found, "perplexity", m, bits=bits), 4) for m in methods)])
+    return markdown(["", *methods], rows)
 
 
-def energy(records: Sequence[Record]) -> str:
-    """Energy of a token, gross and net of idle."""
-    found = [r for r in records if r.quantity == "energy_per_token"]
-    rows = []
-    for method in dict.fromkeys(r.method for r in found):
-        cells = [cited(_one(found, "energy_per_token", method, accounting=a)) for a in ("gross", "net")]
-        rows.append([method if method != "codebook" else "4-bit codebook", *cells])
-    return _markdown(["weights, stage graph", "gross J/token", "net of idle J/token"], rows)
+Table = Callable[[Sequence[Record]], str]
 
 
-def _on(gpu: bool, table: Callable[[Sequence[Record]], str]) -> Callable[[Sequence[Record]], str]:
+def _on(gpu: bool | None, table: Table, caption: str = "") -> Table:
+    """The table of each device that has one: of GPUs, of CPUs, or of all (None), under a caption where there is any."""
+
     def made(records: Sequence[Record]) -> str:
-        groups = [(name, group) for name, group in devices(records).items() if _is_gpu(group) is gpu]
+        groups = [(name, group) for name, group in devices(records).items() if gpu in (None, is_gpu(group))]
         tables = [(name, table(group)) for name, group in groups]
-        return "\n".join(
-            f"{name}:\n\n{text}" for name, text in tables if text.count("\n| ") > 1
-        )  # more than a head
+        text = "\n".join(f"{name}:\n\n{text}" for name, text in tables if _says_something(text))
+        return f"{caption}\n\n{text}" if text and caption else text
 
     return made
 
 
+def _says_something(text: str) -> bool:
+    """Whether a table has more than its head, or a line under it."""
+    return text.count("\n| ") > 1 or "\n- " in text
+
+
 def targets(records: Sequence[Record]) -> str:
-    """What was asked of the kernels and what was measured, by device."""
-    asked = {"H100": readme_targets.h100, "H200": readme_targets.h200, "": readme_targets.cpu}
-    tables = []
+    """What was asked of kernels and decodes and what was measured, by device."""
+    published, tables = rec.select(records, kind="published"), []
     for name, group in devices(records).items():
-        key = next((k for k in asked if k and k in name), None) if _is_gpu(group) else ""
-        if key is not None and (text := readme_targets.table(group, asked[key], cited, ratio)):
-            tables.append(f"{name}:\n\n{text}")
+        asked = []
+        if not is_gpu(group):
+            asked = [*readme_targets.cpu(group), *readme_decode_targets.cpu(group)]
+        elif "H100" in name:
+            asked = [*readme_targets.h100(group), *readme_decode_targets.h100(group, published)]
+        elif "H200" in name:
+            asked = readme_targets.h200(group)
+        if asked:
+            tables.append(f"{name}:\n\n{readme_targets.table(asked, cited, ratio)}")
     return "\n\n".join(tables) + "\n"
 
 
-TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
+def taken_apart(records: Sequence[Record]) -> dict[str, tuple[waterfall.Run, waterfall.Run]]:
+    """By device, GPUs first, a dense and a 4-bit token of the main model taken apart at the same stage, the last there is."""
+    pairs = {}
+    for name, group in devices(records).items():
+        ours = [r for r in records if r.kind != "published" and r.device.get("name") == name]
+        model = main_model(group) or next(iter({r.config["model"] for r in _tokens(ours)}), None)
+        runs = [
+            run for run in waterfall.runs(ours) if run.token.config["model"] == model and usual(run.token)
+        ]
+        for run in sorted(runs, key=lambda run: stage_number(run.token)):
+            stage = run.token.config["stage"]
+            dense = [r for r in runs if r.token.method in OWN_DENSE and r.token.config["stage"] == stage]
+            if run.token.method == "codebook" and dense:
+                pairs[name] = min(dense, key=lambda r: r.us), run
+    return pairs
+
+
+def _tokens(records: Sequence[Record]) -> list[Record]:
+    return rec.select(records, quantity="token_part", part=waterfall.TOKEN)
+
+
+def waterfall_pictures(records: Sequence[Record]) -> str:
+    """The pictures of tokens taken apart, where there are any."""
+    names = dict.fromkeys(_kind(records, name) for name in taken_apart(records))
+    said = {"gpu": "on the recorded GPU", "cpu": "on the recorded CPU"}
+    return "".join(
+        f"![Where the time of a token goes {said[kind]}, dense and 4-bit](data/pictures/waterfall-{kind}.png)\n"
+        for kind in names
+    )
+
+
+def _kind(records: Sequence[Record], device: str) -> str:
+    return "gpu" if is_gpu(devices(records)[device]) else "cpu"
+
+
+_CONTEXTS = (
+    "**Speed and memory against the context**, with the cache in 16, 8 and 4 bits. The steps are timed at that length "
+    "with whatever the cache holds, which does not change their time; GB is the allocator's peak."
+)
+_MODELS = "**Other models**, batch 1, greedy, 16-bit cache, each at the last stage that was measured:"
+_PEERS = (
+    "**Beside other people's code**, same prompt and as many tokens, batch 1, greedy, slowest first; the weights' size "
+    "is of all of them, the head's and the embedding's included:"
+)
+_TURNS = (
+    "**In turns with transformers**: in every round each makes as many tokens as the others, so that all meet the same "
+    "neighbours on a shared machine, and the ratio is taken within a round:"
+)
+_STANDALONE = (
+    "**Without Python**: the exported C++ program and the Python engine, in turns, on the same step:"
+)
+_AGREEMENT = (
+    "**Against transformers**: greedy tokens and logits beside those of transformers on the dequantized weights in the "
+    "same dtype. A near-tie is a place where the two tokens' logits lie closer together than the logits of the two "
+    "programs do where they agree; any other disagreement is a fault."
+)
+
+TABLES: dict[str, Table] = {
     "gemv-gpu": _on(True, gemv_gpu),
     "gemv-cpu": _on(False, gemv_cpu),
-    "decode-gpu": _on(True, decode),
-    "decode-cpu": _on(False, decode),
+    "decode-gpu": _on(True, readme_decode.stages),
+    "decode-cpu": _on(False, readme_decode.stages),
+    "contexts": _on(None, readme_decode.contexts, _CONTEXTS),
+    "models": _on(None, readme_decode.models, _MODELS),
+    "peers": _on(None, readme_decode.peers, _PEERS),
+    "turns": _on(False, readme_decode.turns, _TURNS),
+    "standalone": _on(True, readme_decode.standalone, _STANDALONE),
+    "agreement": _on(None, readme_decode.agreement, _AGREEMENT),
+    "waterfall": waterfall_pictures,
     "accuracy": _on(False, accuracy),
-    "energy": _on(True, energy),
+    "energy": _on(True, readme_decode.energy),
     "targets": targets,
 }
 
@@ -222,25 +237,38 @@ def pictures(records: Sequence[Record]) -> dict:
 
     made = {}
     for name, group in devices(records).items():
-        kind = "gpu" if _is_gpu(group) else "cpu"
+        kind = "gpu" if is_gpu(group) else "cpu"
         four = _four_bits(group)
-        if four and f"speedups-{kind}.png" not in made:
+        if any(r.method == "codebook" for r in four) and f"speedups-{kind}.png" not in made:
             title = f"One product against the fastest dense one, {name}"
             made[f"speedups-{kind}.png"] = figures.speedups(four, figures.FASTEST, title)
-        speeds = [r for r in group if r.quantity == "decode_speed" and r.config.get("linears") != "none"]
-        longest = max((r.config["new_tokens"] for r in speeds if r.config["stage"] == "naive"), default=None)
-        speeds = [r for r in speeds if longest and r.config["new_tokens"] <= 1.25 * longest]
+        speeds = _for_picture(group)
         roofs = [r.value for r in group if r.quantity == "read_bandwidth"]
-        if speeds and f"decode-{kind}.png" not in made:
+        if any(r.method == "codebook" for r in speeds) and f"decode-{kind}.png" not in made:
             made[f"decode-{kind}.png"] = figures.decode_stages(speeds, max(roofs, default=None))
+    for name, (dense, ours) in taken_apart(records).items():
+        made.setdefault(f"waterfall-{_kind(records, name)}.png", figures.waterfall(dense, ours))
     return made
+
+
+def _for_picture(records: Sequence[Record]) -> list[Record]:
+    """Plain decodes of the main model by stage, the longest that are not much longer than the slowest stage's."""
+    model = main_model(records)
+    speeds = [r for r in plain(records) if r.config["model"] == model and usual(r)]
+    shared = max((r.config["new_tokens"] for r in speeds if r.config["stage"] == "naive"), default=None)
+    return longest(r for r in speeds if shared and r.config["new_tokens"] <= 1.25 * shared)
+
+
+def known_records() -> list[Record]:
+    """What the README is made from: current measurements, and published figures."""
+    return [*current(rec.load(RECORDS).records), *rec.load(PUBLISHED).records]
 
 
 def main() -> None:
     """Rewrite the README's tables and pictures."""
     import plotly.io
 
-    known = rec.latest(r for r in rec.load(RECORDS).records if not r.suspect)
+    known = known_records()
     readme = ROOT / "README.md"
     write_atomically(readme, fill(readme.read_text(), known).encode())
     PICTURES.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """The README's table of targets: what the kernels were asked for, what was measured, and what was missed by how much."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from trapetum import records as rec
@@ -16,32 +16,39 @@ class Target(NamedTuple):
         what: in words.
         bound: the figure asked for.
         at_least: whether more is better; else less.
-        case: the records whose ratio (or single value) is compared, and where it was.
+        case: the records whose ratio (or single value) is compared, and where it was; None where nothing was measured.
         why: the reason of a miss; shown only then.
+        goal: what was hoped for beyond the bound, in words.
     """
 
     what: str
     bound: float
     at_least: bool
-    case: "Case"
+    case: "Case | None"
     why: str = ""
+    goal: str = ""
 
     @property
     def met(self) -> bool:
-        """Whether the measured figure keeps the bound."""
+        """Whether the measured figure keeps the bound; False where there is none."""
+        if self.case is None:
+            return False
         value = self.case.value
         return value >= self.bound if self.at_least else value <= self.bound
 
 
 class Case(NamedTuple):
-    """A measured figure: `top` over `bottom`, or `top` alone where there is no `bottom`."""
+    """A measured figure: `top` over `bottom`, or `top` alone where there is no `bottom`; `share` instead where it is given."""
 
     top: Record
     bottom: Record | None
     where: str
+    share: float | None = None
 
     @property
     def value(self) -> float:
+        if self.share is not None:
+            return self.share
         return self.top.value / (self.bottom.value if self.bottom else 1)
 
 
@@ -70,7 +77,8 @@ def worst(cases: Iterable[Case | None], at_least: bool) -> Case | None:
     return (min if at_least else max)(found, key=lambda case: case.value, default=None)
 
 
-def _over(top: Record | None, bottom: Record | None, where: str) -> Case | None:
+def over(top: Record | None, bottom: Record | None, where: str) -> Case | None:
+    """The case of two records, or None where one is missing."""
     return Case(top, bottom, where) if top and bottom else None
 
 
@@ -80,7 +88,7 @@ def _name(shape: tuple[int, int]) -> str:
 
 def _against_cublas(records, shapes, method: str, chain: str, **config) -> Case | None:
     cases = (
-        _over(_gemv(records, "linear-fp16", s), _gemv(records, method, s, chain=chain, **config), _name(s))
+        over(_gemv(records, "linear-fp16", s), _gemv(records, method, s, chain=chain, **config), _name(s))
         for s in shapes
     )
     return worst(cases, at_least=True)
@@ -89,7 +97,7 @@ def _against_cublas(records, shapes, method: str, chain: str, **config) -> Case 
 def _against_four_bits(records, bits: int) -> Case | None:
     large = tuple(LARGE.values())
     four = _gemv(records, "codebook", large, bits=4, chain="pdl")
-    return _over(four, _gemv(records, "codebook", large, bits=bits, chain="pdl"), _name(large))
+    return over(four, _gemv(records, "codebook", large, bits=bits, chain="pdl"), _name(large))
 
 
 def _four_rows(records: Sequence[Record]) -> Case | None:
@@ -98,7 +106,7 @@ def _four_rows(records: Sequence[Record]) -> Case | None:
         quantity = "gemv_time" if rows == 1 else "gemm_time"
         return newest(records, quantity, "codebook", **sizes, beside="batch", chain="alone")
 
-    return worst((_over(of(s, 4), of(s, 1), _name(s)) for s in _shapes(records, "codebook")), at_least=False)
+    return worst((over(of(s, 4), of(s, 1), _name(s)) for s in _shapes(records, "codebook")), at_least=False)
 
 
 def _error(records: Sequence[Record]) -> Case | None:
@@ -109,7 +117,7 @@ def _error(records: Sequence[Record]) -> Case | None:
         return newest(records, "output_error", method, **sizes, **config)
 
     cases = (
-        _over(of("codebook", s, bits=b), of("linear-fp16", s), f"{b} bits, {_name(s)}")
+        over(of("codebook", s, bits=b), of("linear-fp16", s), f"{b} bits, {_name(s)}")
         for s in _shapes(records, "codebook")
         for b in (8, 4, 3, 2)
     )
@@ -119,7 +127,7 @@ def _error(records: Sequence[Record]) -> Case | None:
 def _token(records: Sequence[Record]) -> tuple[Case | None, Case | None]:
     ours = newest(records, "linears_time", "codebook", bits=4, chain="pdl", l2="cold")
     peer = newest(records, "linears_time", "tinygemm-int4", l2="cold")
-    return (Case(ours, None, "Llama-2-7B") if ours else None), _over(peer, ours, "Llama-2-7B")
+    return (Case(ours, None, "Llama-2-7B") if ours else None), over(peer, ours, "Llama-2-7B")
 
 
 def h100(records: Sequence[Record]) -> list[Target]:
@@ -195,11 +203,11 @@ def cpu(records: Sequence[Record]) -> list[Target]:
 
     def against(method: str) -> Case | None:
         ours = ((s, _gemv(records, "codebook", s, bits=4, path="int16")) for s in shapes)
-        return worst((_over(_gemv(records, method, s), own, _name(s)) for s, own in ours), at_least=True)
+        return worst((over(_gemv(records, method, s), own, _name(s)) for s, own in ours), at_least=True)
 
     def share(s) -> Case | None:
         """Time of a read over ours: the codes' share of the read bandwidth."""
-        return _over(
+        return over(
             _gemv(records, "read", s, bits=4), _gemv(records, "codebook", s, bits=4, path="int16"), _name(s)
         )
 
@@ -224,19 +232,29 @@ def cpu(records: Sequence[Record]) -> list[Target]:
     return [Target(*row) for row in rows if row[3]]
 
 
-def table(
-    records: Sequence[Record], targets: Callable[[Sequence[Record]], list[Target]], cited, ratio
-) -> str:
-    """Markdown lines of one device.
+def table(targets: Sequence[Target], cited, ratio) -> str:
+    """Markdown lines of one device, "" for no target.
 
     Args:
+        targets: in the order of the lines.
         cited, ratio: write a record, and a ratio of two, with their citations.
     """
-    lines = []
-    for t in targets(records):
-        figure = ratio(t.case.top, t.case.bottom) if t.case.bottom else cited(t.case.top)
-        sign = ">=" if t.at_least else "<="
-        verdict = "met" if t.met else f"missed: {t.why}" if t.why else "missed"
-        lines.append(f"| {t.what} | {sign} {t.bound:g} | {figure} | {t.case.where} | {verdict} |")
     head = ["| | asked | measured | at | |", "| :-- | --: | --: | :-- | :-- |"]
-    return "\n".join([*head, *lines]) if lines else ""
+    return "\n".join([*head, *(_line(t, cited, ratio) for t in targets)]) if targets else ""
+
+
+def _line(t: Target, cited, ratio) -> str:
+    sign, goal = ">=" if t.at_least else "<=", f" ({t.goal})" if t.goal else ""
+    asked = f"| {t.what} | {sign} {t.bound:g}{goal} |"
+    if t.case is None:
+        return f"{asked} not measured | | |"
+    verdict = "met" if t.met else f"missed: {t.why}" if t.why else "missed"
+    return f"{asked} {_figure(t.case, cited, ratio)} | {t.case.where} | {verdict} |"
+
+
+def _figure(case: Case, cited, ratio) -> str:
+    if case.share is not None:
+        return f"{case.share:.2f} ({cited(case.top)} tok/s)"
+    if case.bottom:
+        return ratio(case.top, case.bottom)
+    return cited(case.top, 3, "x" if case.top.quantity == "speedup" else "")
