@@ -160,7 +160,7 @@ def test_generate_with_drafts_and_with_draws(how):
     prompt = "def f(self):\n    return self"
     first, again = (generation.run("builtin", prompt, 48, how, 4, "cuda", lambda _: None) for _ in range(2))
     assert first.text == again.text and 1 <= first.tokens <= 48
-    assert 1 <= first.tokens_a_step <= how.rows
+    assert 0.5 < first.tokens_a_step <= how.rows  # a few steps are queued beyond the last token
     assert (first.stage, first.kv, first.rows) == (how.stage, how.kv, how.rows)
 
 

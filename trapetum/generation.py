@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trapetum import machine, models
-from trapetum.bench.generating import counted_steps, engine_options
+from trapetum.bench.generating import engine_options
 from trapetum.bench.variants import Variant
 from trapetum.decode import Engine, Generation, stages
 from trapetum.energy import EnergyMeter
@@ -47,7 +47,7 @@ class Result:
         joules_per_token: gross, or None where energy cannot be measured.
         why_no_energy: the reason, or an empty string.
         stage, kv, rows, temperature, device, model: how it ran.
-        tokens_a_step: mean of tokens that a step made; above 1 only with drafts that held.
+        tokens_a_step: tokens over the steps that were queued for them; above 1 only with drafts that held.
     """
 
     text: str
@@ -141,16 +141,16 @@ def run(
         say(prompt)
     stream, meter = _Stream(loaded.tokenizer, say), EnergyMeter(device)
     eos = getattr(loaded.tokenizer, "eos_token_id", None)
-    with counted_steps(engine) as steps, meter if meter.available else nullcontext():
+    with meter if meter.available else nullcontext():
         made = engine.generate(ids, new_tokens, stream, eos, how.temperature, how.seed)
     joules = meter.reading.joules / len(made.tokens) if meter.available else None
     energy = joules, meter.why_not
-    return _result(loaded, made, stream.text, energy, how, device, len(ids), _tokens_a_step(made, steps))
+    return _result(loaded, made, stream.text, energy, how, device, len(ids), _tokens_a_step(engine, made))
 
 
-def _tokens_a_step(made: Generation, steps: list[int]) -> float:
-    """Mean of tokens that a step made; 1 where steps are tokens and nothing was counted."""
-    return len(made.token_s) / sum(steps) if sum(steps) and made.token_s else 1.0
+def _tokens_a_step(engine: Engine, made: Generation) -> float:
+    """Tokens over the steps queued for them, 1 without drafts; the first token comes from the prompt, not from a step."""
+    return len(made.token_s) / engine.steps if engine.rows > 1 and engine.steps else 1.0
 
 
 def _result(
