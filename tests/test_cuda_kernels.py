@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from trapetum import build, cuda, ops
+from trapetum import build, cuda, disassembly, ops
 from trapetum.formats import pack
 from trapetum.gemv_plans import H100, Plan, Room, candidates, fits, memory, plan_for
 
@@ -29,6 +30,7 @@ ELSEWHERE = {
     "decode_attention.cu",
     "dense_decode.cu",
     "next_token.cu",
+    "persistent_floor.cu",
 }  # compiled by the tests of their own
 
 
@@ -43,6 +45,32 @@ def gemv_variants(arch):
                 plan = plan_for(*shape, bits, rows * (2 if xtype == 2 else 1), ROOMS[arch])
                 found.append((f"BITS={bits}", f"XTYPE={xtype}", f"ROWS={rows}", *plan.defines))
     return list(dict.fromkeys(found))
+
+
+# What a decode step asks of the GEMV: macros, inputs and outputs as in a 7B model.
+FUSED = {
+    "qkv": (("NORM=1", "LATE=1"), 4096, 12288),
+    "out": (("LATE=1",), 4096, 4096),
+    "gate and up": (("NORM=1", "SILU=1", "LATE=1"), 4096, 22016),
+    "down": (("PAIRED=1", "LATE=1"), 11008, 4096),
+}
+
+
+def fused_variants(arch):
+    """Defines of these products at their default launch shapes: more bits, rows and dtypes on sm_90 than elsewhere."""
+    both, cases = ("gate and up", "down"), [(4, 0, 1, FUSED), (4, 0, 8, ("gate and up",))]
+    if arch == "sm_90":
+        more = [(8, 0, 1), (3, 0, 1), (2, 0, 1), (4, 0, 2), (4, 0, 4), (3, 0, 2), (4, 1, 1), (4, 1, 3)]
+        cases += [(*case, both) for case in more]
+    for bits, xtype, rows, products in cases:
+        for macros, inputs, outputs in (FUSED[product] for product in products):
+            plan = plan_for(inputs, outputs, bits, rows, ROOMS[arch])
+            yield (f"BITS={bits}", f"XTYPE={xtype}", f"ROWS={rows}", *plan.defines, *macros)
+
+
+def spills_allowed(defines):
+    """Two rows with a norm do not quite fit the 64 registers of two blocks of 16 warps; drafts are three or none."""
+    return 96 if {"ROWS=2", "NORM=1"} <= set(defines) else 0
 
 
 SCHEMES = [(8, 256), (8, 64), (4, 16), (3, 8), (2, 4)]
@@ -73,6 +101,76 @@ def test_compiles_without_spills(source, arch):
         for name, used in resources.items():
             assert used.spill_bytes == 0, f"{name} {defines} on {arch} spills {used.spill_bytes} bytes"
             assert 0 < used.registers <= 255
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_products_of_a_decode_step_compile(arch):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    for defines in fused_variants(arch):
+        used = build.compile_cuda(cuda.SOURCE, arch, defines).resources()["codebook_gemv"]
+        assert used.spill_bytes <= spills_allowed(defines), (
+            f"{defines}, {arch}: {used.spill_bytes} bytes spilled"
+        )
+        assert 0 < used.registers <= 255
+
+
+@pytest.mark.parametrize("macros", [("NORM=1",), ("SILU=1",), ("PAIRED=1",)])
+def test_what_a_step_adds_is_not_made_for_float32(macros):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    with pytest.raises(build.BuildError, match="works on 16-bit x"):
+        build.compile_cuda(cuda.SOURCE, "sm_90", ("BITS=4", "XTYPE=2", *macros))
+
+
+def test_a_norm_and_two_factors_exclude_each_other():
+    pytest.importorskip("cuda.bindings.nvrtc")
+    with pytest.raises(build.BuildError, match="normalised or has two factors"):
+        build.compile_cuda(cuda.SOURCE, "sm_90", ("BITS=4", "XTYPE=0", "NORM=1", "PAIRED=1"))
+
+
+@pytest.mark.skipif(bool(disassembly.why_not()), reason=disassembly.why_not() or "it is here")
+@pytest.mark.parametrize("product", FUSED)
+def test_weights_are_loaded_before_the_wait_and_late_products_let_the_next_start_after_it(product):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    macros, inputs, outputs = FUSED[product]
+    plan = plan_for(inputs, outputs, 4)
+    for late in (True, False):
+        chosen = [m for m in macros if late or m != "LATE=1"]
+        defines = ("BITS=4", "XTYPE=0", "ROWS=1", *plan.defines, *chosen)
+        cubin = build.compile_cuda(cuda.SOURCE, "sm_90", defines)
+        code = [i.opcode for i in disassembly.parse(disassembly.text_of(cubin.path))["codebook_gemv"]]
+        wait, allow = code.index("ACQBULK"), code.index("PREEXIT")
+        assert (wait < allow) == late
+        loads = [at for at, name in enumerate(code) if name.startswith("LDG.") and ".128" in name]
+        assert sum(at < wait for at in loads) >= plan.ahead
+
+
+HALF = {"dtype": torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(x=torch.zeros(64)), "a norm takes float16 or bfloat16 .* not 64 inputs in torch.float32"),
+        (dict(x=torch.zeros(68, **HALF), inputs=68), "a multiple of 8 inputs .* not 68"),
+        (dict(x=torch.zeros(65, **HALF)[1:]), "at a multiple of 16 bytes"),
+        (dict(norm=torch.ones(63, **HALF)), r"torch.float16 \[64\] .* not torch.float16 \[63\]"),
+        (dict(norm=torch.ones(1, 64, **HALF)), r"not torch.float16 \[1, 64\]"),
+        (dict(norm=torch.ones(64)), r"not torch.float32 \[64\]"),
+        (dict(norm=torch.ones(65, **HALF)[1:]), "at a multiple of 16 bytes"),
+        (dict(paired=True, x=torch.zeros(128, **HALF)), "for an x of one factor"),
+        (dict(norm=None, paired=True, x=torch.zeros(128)), "two factors takes float16 or bfloat16"),
+        (dict(norm=None, paired=True, x=torch.zeros(136, **HALF), inputs=68), "not 68 inputs"),
+        (dict(norm=None, paired=True, x=torch.zeros(9, 128, **HALF)), "1 to 8 rows of x, not 9"),
+        (dict(norm=None, paired=True, x=torch.zeros(64, **HALF)), "1 to 8 rows of x, not 0"),
+    ],
+)
+def test_norms_and_factors_that_the_kernel_cannot_do_are_refused(change, words):
+    asked = dict(x=torch.zeros(64, **HALF), norm=torch.ones(64, **HALF), inputs=64) | change
+    x, inputs = asked.pop("x"), asked.pop("inputs")
+    codes = cuda.pack(torch.zeros(32, inputs, dtype=torch.uint8), 4)
+    with pytest.raises(ValueError, match=words) as refused:
+        cuda.gemv(x, codes, torch.zeros(32, 16, **HALF), inputs, 4, plan=Plan(8, 1), **asked)
+    assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
 
 
 def test_unknown_source_is_one_sentence():
@@ -260,6 +358,203 @@ def test_gemv_chain_in_a_graph_with_pdl_waits_for_its_input():
         captured.fill_(float("nan"))
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+# --- what a decode step adds to a product ----------------------------------------------------------------------------
+
+
+def normalised(x, norm, eps):
+    """RMSNorm as transformers rounds it."""
+    wide = x.float()
+    return norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def multiplied(x, norm=None, eps=0.0, paired=False):
+    """What meets the weights, rounded as by transformers' modules."""
+    if paired:
+        return x.chunk(2, -1)[0] * x.chunk(2, -1)[1]
+    return x if norm is None else normalised(x, norm, eps)
+
+
+def finished(y, residual=None, silu=False):
+    """SiLU on the gates and the residual, in y's dtype."""
+    if silu:
+        half = y.shape[-1] // 2
+        y = torch.cat([F.silu(y[..., :half]), y[..., half:]], -1)
+    return y if residual is None else y + residual.to(y.dtype)
+
+
+def check_step_product(
+    weight, x, plan=None, bias=None, residual=None, silu=False, pdl=False, late=False, **how
+):
+    """Against float64, in an output that held NaN: an error of at most twice plain fp16's and a rounding of the result's."""
+    inputs = multiplied(x, **how)
+    exact = inputs.double() @ weight.dequantize(torch.float64).T + (0 if bias is None else bias.double())
+    plain = F.linear(inputs.half(), weight.dequantize(torch.float16), None if bias is None else bias.half())
+    exact, plain = finished(exact, residual, silu), finished(plain, residual, silu)
+    y = torch.full_like(exact, float("nan"), dtype=x.dtype)
+    made = cuda.gemv(
+        *(x, ops.to_layout(weight, "cuda"), weight.codebook, weight.in_features, weight.bits, bias, y),
+        **dict(plan=plan, residual=residual, silu=silu, pdl=pdl, late=late, **how),
+    )
+    what = f"{weight.out_features}x{weight.in_features}, {list(x.shape)}, {plan}, silu {silu}, {sorted(how)}"
+    assert made is y and torch.isfinite(y).all(), f"{what}: an output was not written"
+    half_unit = torch.finfo(x.dtype).eps / 2
+    allowed = 2 * relative_error(plain, exact) + half_unit * (
+        3 if silu else 1
+    )  # a gate is rounded before SiLU too
+    assert relative_error(y, exact) <= allowed, what
+    return y
+
+
+STEP_SHAPES = [(1, 8), (33, 136), (34, 1000), (257, 4096), (100, 11008)]  # the last fills no panel to its end
+ROWS_AND_DTYPES = [(r, torch.float16) for r in range(1, 9)] + [(r, torch.bfloat16) for r in (1, 3, 8)]
+
+
+def step_operands(shape, bits, rows, dtype, paired=False):
+    out_features, in_features = shape
+    weight = random_weight(out_features, in_features, bits, 2**bits, device="cuda")
+    weight.codebook.mul_(in_features**-0.5)  # results of about 1, where SiLU bends
+    x = torch.randn(rows, in_features * (1 + paired), device="cuda").to(dtype)
+    bias, residual = (
+        torch.randn(*size, device="cuda").to(dtype) for size in ((out_features,), (rows, out_features))
+    )
+    return weight, x, bias, residual
+
+
+@gpu
+@pytest.mark.parametrize(("rows", "dtype"), ROWS_AND_DTYPES)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_norm_and_silu_match_float64(bits, rows, dtype):
+    plan = plan_for(4096, 4096, bits, rows)  # one kernel for all shapes
+    for shape in STEP_SHAPES:
+        weight, x, bias, residual = step_operands(shape, bits, rows, dtype)
+        x[:, ::97] *= 300  # as a residual stream has it
+        how = dict(norm=(1 + torch.randn(shape[1], device="cuda")).to(dtype), eps=1e-5, plan=plan, silu=True)
+        check_step_product(weight, x, **how)
+        check_step_product(weight, x, bias=bias, **how)
+        check_step_product(weight, x, bias=bias, residual=residual, **how)
+
+
+@gpu
+@pytest.mark.parametrize(("rows", "dtype"), ROWS_AND_DTYPES)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_two_factors_match_float64(bits, rows, dtype):
+    plan = plan_for(4096, 4096, bits, rows)
+    for shape in STEP_SHAPES:
+        weight, x, bias, residual = step_operands(shape, bits, rows, dtype, paired=True)
+        for extras in (dict(), dict(residual=residual), dict(bias=bias, residual=residual)):
+            check_step_product(weight, x, plan=plan, paired=True, **extras)
+
+
+@gpu
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_steps_of_one_row_at_every_launch_shape(bits):
+    for plan in (None, *ODD_PLANS):
+        for dtype in (torch.float16, torch.bfloat16):
+            weight, x, bias, residual = step_operands((200, 1000), bits, 1, dtype)
+            norm = torch.randn(1000, device="cuda").to(dtype)
+            check_step_product(weight, x, plan, bias, residual, norm=norm, eps=1e-6)
+            weight, x, bias, residual = step_operands((200, 1000), bits, 1, dtype, paired=True)
+            check_step_product(weight, x, plan, bias, residual, paired=True)
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_norms_and_factors_of_x_that_is_staged_in_panels(bits, rows):
+    shape = (40, 200_000)
+    weight, x, _, residual = step_operands(shape, bits, rows, torch.float16)
+    norm = torch.randn(shape[1], device="cuda").half()
+    check_step_product(weight, x, residual=residual, norm=norm, eps=1e-5)
+    weight, x, _, residual = step_operands(shape, bits, rows, torch.float16, paired=True)
+    check_step_product(weight, x, residual=residual, paired=True)
+
+
+@gpu
+@pytest.mark.parametrize("eps", [1e-6, 1e-2, 2.0])
+def test_eps_and_rows_of_zeros(eps):
+    weight, x, _, _ = step_operands((64, 256), 4, 4, torch.float16)
+    x *= torch.tensor([0.0, 1e-3, 1.0, 100.0], device="cuda").half()[:, None]
+    norm = torch.randn(256, device="cuda").half()
+    y = check_step_product(weight, x, norm=norm, eps=eps)
+    assert torch.equal(y[0], torch.zeros_like(y[0]))
+    for row in range(4):  # each row has a norm of its own
+        check_step_product(weight, x[row : row + 1], norm=norm, eps=eps)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_an_mlp_of_two_products(bits, rows, dtype):
+    """norm, gate and up, SiLU, their product, down, + x: what transformers' modules make of the same weights."""
+    hidden, inner = 256, 704
+    gate_up, x, _, _ = step_operands((2 * inner, hidden), bits, rows, dtype)
+    down, _, _, _ = step_operands((hidden, inner), bits, rows, dtype)
+    norm = (1 + 0.1 * torch.randn(hidden, device="cuda")).to(dtype)
+    between = cuda.gemv(
+        x, ops.to_layout(gate_up, "cuda"), gate_up.codebook, hidden, bits, norm=norm, eps=1e-5, silu=True
+    )
+    y = cuda.gemv(
+        between, ops.to_layout(down, "cuda"), down.codebook, inner, bits, residual=x, paired=True, late=True
+    )
+
+    def mlp(x, weights, norm):
+        gate, up = F.linear(normalised(x, norm, 1e-5), weights[0]).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, weights[1])
+
+    exact = mlp(x.double(), [w.dequantize(torch.float64) for w in (gate_up, down)], norm.double())
+    plain = mlp(x, [w.dequantize(dtype) for w in (gate_up, down)], norm)
+    assert between.shape == (rows, 2 * inner) and torch.isfinite(y).all()
+    assert relative_error(y, exact) <= 2 * relative_error(plain, exact)
+
+
+@gpu
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_products_of_a_step_are_the_same_bits_however_they_are_launched(bits):
+    weight, x, bias, residual = step_operands((2048, 2048), bits, 2, torch.float16)
+    codes, norm = ops.to_layout(weight, "cuda"), torch.randn(2048, device="cuda").half()
+    pair = torch.randn(2, 4096, device="cuda").half()
+    for given, how in (
+        (x, dict(norm=norm, eps=1e-5)),
+        (x, dict(norm=norm, eps=1e-5, silu=True)),
+        (pair, dict(paired=True, residual=residual)),
+    ):
+        torch.cuda.synchronize()
+        first = cuda.gemv(given, codes, weight.codebook, 2048, bits, bias, **how)
+        for late in (False, True):
+            for pdl in (False, True) * 3:
+                again = cuda.gemv(given, codes, weight.codebook, 2048, bits, bias, pdl=pdl, late=late, **how)
+                assert torch.equal(first, again), (sorted(how), late, pdl)
+
+
+@gpu
+@pytest.mark.parametrize("late", [False, True])
+def test_a_residual_stream_in_a_graph_with_pdl_waits_for_its_inputs(late):
+    """Each product normalises the one before it and adds the one before that: nothing stale may be read."""
+    weights = [step_operands((1024, 1024), 4, 1, torch.float16)[0] for _ in range(8)]
+    codes = [ops.to_layout(w, "cuda") for w in weights]
+    x, norm = torch.randn(1, 1024, device="cuda").half(), torch.ones(1024, device="cuda").half()
+    streams = [torch.empty_like(x) for _ in weights]
+
+    def chain(pdl):
+        before, now = x, x
+        for w, c, out in zip(weights, codes, streams, strict=True):
+            how = dict(norm=norm, eps=1e-5, residual=before, pdl=pdl, late=late)
+            before, now = now, cuda.gemv(now, c, w.codebook, 1024, 4, out=out, **how)
+
+    chain(False)
+    torch.cuda.synchronize()
+    expected = [stream.clone() for stream in streams]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(True)
+    for _ in range(20):
+        for stream in streams:
+            stream.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(streams, expected, strict=True))
 
 
 @gpu
