@@ -16,13 +16,14 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     linear, swap, checkpoint, architectures, shards,          models with codebook layers:
       streaming, models, hf, register                         make, save, load
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
-      decode, export_plan, export                             and as files for a program without Python
+      decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python
     perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
       trained, builtin                                        model trained on them
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
-    figures, widgets, workbook, claims                        what a notebook shows
-    html, report, readme_targets, readme, verify,             the report, the README and
-      generation, cli                                         the command
+    figures, widgets, workbook, walk, claims                  what a notebook shows
+    html, report, readme_cells, readme_targets,               the report, the README and its tables,
+      readme_decode, readme_decode_targets, readme,           the check of its numbers,
+      verify, generation, cli                                 the command
 """
 
 from trapetum.register import register_with_transformers

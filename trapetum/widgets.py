@@ -19,6 +19,8 @@ from trapetum.figures.pareto_state import (
 )
 from trapetum.figures.style import new_figure
 from trapetum.figures.tradeoffs import Point, groups
+from trapetum.figures.waterfall import bridge
+from trapetum.waterfall import Run
 
 CONTEXTS = (0, *(2**e for e in range(7, 18)))  # 0 stands for: as recorded
 
@@ -117,6 +119,63 @@ class ParetoExplorer:
             for old, new in zip(self.figure.data[:4], self._traces(), strict=True):
                 old.update(x=new.x, y=new.y, text=new.text, customdata=new.customdata, marker=new.marker)
             self._dress(self.figure)
+
+
+class BridgeChooser:
+    """The bridge between any two runs: a dropdown for each end.
+
+    Args:
+        runs: of `trapetum.waterfall.runs`; at least two.
+
+    Attributes:
+        box: the ipywidgets box to display.
+        figure: the FigureWidget in it.
+
+    Raises:
+        ValueError: fewer than two runs.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        import ipywidgets
+
+        if len(runs) < 2:
+            raise ValueError(f"{len(runs)} runs make no bridge; take apart two tokens.")
+        named = {f"{run.name}, {run.token.device.get('name')}, {run.token.utc}": run for run in runs}
+        wide = {"style": {"description_width": "60px"}, "layout": {"width": "640px"}}
+        self.first = ipywidgets.Dropdown(options=named, description="from", **wide)
+        self.second = ipywidgets.Dropdown(options=named, value=runs[-1], description="to", **wide)
+        self.figure = go.FigureWidget(self._drawn())
+        for control in (self.first, self.second):
+            control.observe(lambda _: self.redraw(), "value")
+        self.box = ipywidgets.VBox([self.first, self.second, self.figure])
+
+    def _drawn(self) -> go.Figure:
+        return bridge(self.first.value, self.second.value)
+
+    def redraw(self) -> None:
+        """Draw the bridge between the chosen runs."""
+        drawn = self._drawn()
+        with self.figure.batch_update():
+            self.figure.data[0].update(drawn.data[0].to_plotly_json())
+            self.figure.layout.shapes = drawn.layout.shapes
+            self.figure.layout.title = drawn.layout.title
+
+
+def choose_bridge(book, runs: Sequence[Run]) -> BridgeChooser | None:
+    """Display the chooser where a person can use it; elsewhere say so in a line and build nothing.
+
+    Args:
+        book: a `trapetum.workbook.Workbook`.
+        runs: of `trapetum.waterfall.runs`.
+    """
+    if not (book.live and len(runs) > 1):
+        print("Any two runs can be chosen in a running notebook; the menu of the figure above works without.")
+        return None
+    from IPython.display import display
+
+    chooser = BridgeChooser(runs)
+    display(chooser.box)
+    return chooser
 
 
 def explore(book, points: Sequence[Point]) -> ParetoExplorer | None:

@@ -16,6 +16,7 @@ from trapetum.figures.style import (
     rgba,
     spread,
 )
+from trapetum.figures.walk import ORDER
 from trapetum.waterfall import PARTS, Part, Run, compare
 
 _COLOURS = (
@@ -74,6 +75,90 @@ def bridge(first: Run | None, second: Run | None, title: str = "") -> go.Figure:
     figure.add_trace(_steps(compare(first, second)))
     figure.add_hline(y=second.ideal_us, line=_IDEAL_LINE)
     return _finish(figure)
+
+
+def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """The bridges worth a look among some runs: dense to codes at each stage, then from stage to stage.
+
+    Args:
+        runs: e.g. of `trapetum.waterfall.runs`, oldest first; of those that ran the same, the newest counts.
+
+    Returns:
+        pairs of the same model on the same device, those at the last stage first.
+    """
+    newest = {(_place(run), run.name): run for run in runs}
+    made: list[tuple[Run, Run]] = []
+    for place in dict.fromkeys(place for place, _ in newest):
+        here = [run for (at, _), run in newest.items() if at == place]
+        coded, dense = (
+            [run for run in here if (run.token.method == "codebook") == is_coded]
+            for is_coded in (True, False)
+        )
+        made += [
+            (a, b) for b in reversed(_by_stage(coded)) for a in _by_stage(dense) if _stage(a) == _stage(b)
+        ]
+        for kind in (coded, dense):
+            ladder = _by_stage(kind)
+            made += [(a, b) for a, b in zip(ladder, ladder[1:], strict=False) if _weights(a) == _weights(b)]
+    return made
+
+
+def _place(run: Run) -> tuple:
+    return run.token.device.get("name"), run.token.config.get("model")
+
+
+def _stage(run: Run) -> str:
+    return str(run.token.config.get("stage", ""))
+
+
+def _weights(run: Run) -> tuple:
+    return run.token.method, run.token.config.get("bits")
+
+
+def _by_stage(runs: Sequence[Run]) -> list[Run]:
+    known = [run for run in runs if _stage(run) in ORDER]
+    return sorted(known, key=lambda run: (_weights(run), ORDER.index(_stage(run))))
+
+
+def bridges(runs: Sequence[Run], title: str = "From one token to another") -> go.Figure:
+    """The bridges among some runs, one at a time: a menu in the figure chooses, also in a saved page.
+
+    Args:
+        runs: on any devices and of any models; see `pairs`.
+        title: above the figure.
+
+    Raises:
+        WaterfallError: the parts of a run do not add up to its token.
+    """
+    chosen = pairs(runs)
+    if not chosen:
+        return nothing(title, "It takes two tokens taken apart: `trapetum bench breakdown` makes them.")
+    drawn = [bridge(a, b, title) for a, b in chosen]
+    figure = go.Figure(drawn[0])
+    for other in drawn[1:]:
+        figure.add_trace(other.data[0].update(visible=False))
+    buttons = [_button(number, drawn, pair) for number, pair in enumerate(chosen)]
+    place = {
+        "x": 1,
+        "xanchor": "right",
+        "y": 1.02,
+        "yanchor": "bottom",
+        "bgcolor": "white",
+        "showactive": True,
+    }
+    return figure.update_layout(updatemenus=[{"buttons": buttons, **place}], margin_t=170)
+
+
+def _button(number: int, drawn: Sequence[go.Figure], pair: tuple[Run, Run]) -> dict:
+    """One entry of the menu: the trace of its pair, with its subtitle and its ideal line."""
+    layout = drawn[number].layout
+    change = {
+        "title.subtitle.text": layout.title.subtitle.text,
+        "shapes": [shape.to_plotly_json() for shape in layout.shapes],
+    }
+    visible = [other == number for other in range(len(drawn))]
+    label = f"{pair[0].name} to {pair[1].name}"
+    return {"label": label, "method": "update", "args": [{"visible": visible}, change]}
 
 
 _IDEAL_LINE = {"color": ROOF_COLOUR, "dash": "dash", "width": 2}
