@@ -25,20 +25,21 @@
 // just where B of the second product wants the weights: there the rows of A are dimensions, whose A wants consecutive positions
 // of a dimension, and D holds dimensions by queries. So:
 //
-//     keys    [kv_head][position][dimension]
-//             lane (g, t), 32 dimensions j: dimensions 32 j + 8 t .. + 7 of positions 4 (g / 2) + g % 2 and + 2 of a tile of 16
-//     values  [kv_head][position / 4][dimension][4 positions]
-//             lane (g, t), 16 dimensions i: dimensions 16 i + 2 g, + 1 of positions 4 t .. 4 t + 3 of the tile
+//     keys    [kv_head][tile of 16 positions][n][vector][lane][16 bytes]
+//             lane (g, t): of position 4 (g / 2) + g % 2 + 2 n, for 32 dimensions j after another, dimensions 32 j + 8 t .. + 7
+//     values  [kv_head][tile of 16 positions][vector][lane][16 bytes]
+//             lane (g, t): for 16 dimensions i after another, positions 4 t .. + 3 of dimensions 16 i + 2 g and + 1
+//
+// so a warp copies what it needs as it lies, and each lane finds what is its own.
 //
 // KV 8 and 4. Keys are quantized by channel over groups of 64 positions, values by token, as in KIVI (Liu et al. 2024): keys
 // have outlying channels, values do not. A value is code * scale + zero. The scales of the keys go into the queries and those of the values into the
 // softmax weights, so a code is only made an fp16 number (exact, plus 1024, which comes off the sum) on its way to the tensor core. The latest 64 to 64 + ROWS positions stay 16-bit in a
 // ring of 128 (`keys`, `values`, laid out as above), and an extra block of each head quantizes a group as soon as all of it is certain.
 //
-//     key codes     [kv_head][position][.]       a lane's codes of a position together: 16-byte vectors [vector][t], 8 dimensions of
-//                                               each j in turn; 4 bits: 8 in a word, code e in nibble e / 2 + 4 (e % 2)
-//     value codes   [kv_head][position / 4][.]   likewise [vector][g], two dimensions of each i in turn, 4 positions of each; 4 bits:
-//                                               position e of dimension b in nibble 2 b + e / 2 + 4 (e % 2)
+//     key codes, value codes   as above with 8 or 4 bits for an element, and the vectors so many times longer (where HEAD_DIM has
+//                              not so many for a lane, they are shorter). 4 bits: element e of 8 dimensions is in nibble e / 2 + 4 (e % 2)
+//                              of a word; position e of dimension b of a pair is in nibble 2 b + e / 2 + 4 (e % 2)
 //     key params    fp16 [kv_head][position / 64][scale, zero][dimension]
 //     value params  fp16 [kv_head][position / 4][scale, zero][4 positions]
 //
@@ -116,11 +117,23 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-union Eight {
-    uint4 all;
+// Eight 16-bit values, as words: taken apart they would fill a register each.
+struct Eight {
     unsigned word[4];
-    xtype x[8];
+    __device__ __forceinline__ void operator=(uint4 v) { word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w; }
 };
+__device__ __forceinline__ float2 pair_of(unsigned word) {
+    const xpair pair = *reinterpret_cast<const xpair*>(&word);
+    return make_float2(to_float(pair.x), to_float(pair.y));
+}
+__device__ __forceinline__ unsigned to_pair(float a, float b) {
+#if XTYPE == 0
+    const xpair pair = __floats2half2_rn(a, b);
+#else
+    const xpair pair = __floats2bfloat162_rn(a, b);
+#endif
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
 
 __device__ __forceinline__ float exp2_of(float v) {
     float power;
@@ -153,15 +166,13 @@ __device__ __forceinline__ uint4 load_early(const void* from) {
     return v;
 }
 
-template <int BYTES>
-__device__ __forceinline__ void copy_ahead(char* to, const char* from) {
+__device__ __forceinline__ void copy_ahead(char* to, const char* from) {  // 16 bytes
 #if __CUDA_ARCH__ >= 800
     const unsigned at = (unsigned)__cvta_generic_to_shared(to);
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 #else
 #pragma unroll
-    for (int i = 0; i < BYTES; i += 4) *reinterpret_cast<unsigned*>(to + i) = *reinterpret_cast<const volatile unsigned*>(from + i);
+    for (int i = 0; i < 16; i += 4) *reinterpret_cast<unsigned*>(to + i) = *reinterpret_cast<const volatile unsigned*>(from + i);
 #endif
 }
 __device__ __forceinline__ void end_of_unit() {
@@ -194,21 +205,12 @@ struct Unit {
     }
     // `keys`, `values` of this key head; `first` is the unit's first place in them.
     __device__ __forceinline__ void load(const char* keys, const char* values, int first) const {
-        const int g = lane / 4, t = lane % 4;
+        constexpr int SIDE = 32 * HEAD_DIM;  // bytes of the keys, and of the values
+        const size_t from = (size_t)first * HEAD_DIM * BITS / 8 + 16 * lane;
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
+        for (int i = 0; i < SIDE; i += 16 * 32) copy_ahead(at + i + 16 * lane, keys + from + i);
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const char* const row = keys + (size_t)(first + tile * TILE + 4 * (g / 2) + g % 2 + 2 * n) * 4 * KEY_SHARE;
-#pragma unroll
-                for (int v = 0; v < KEY_VECTORS; v++) copy_ahead<KEY_VECTOR>(key(tile, n, v), row + (v * 4 + t) * KEY_VECTOR);
-            }
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            const char* const row = values + (size_t)((first + tile * TILE) / 4 + t) * 8 * VALUE_SHARE;
-#pragma unroll
-            for (int v = 0; v < VALUE_VECTORS; v++) copy_ahead<VALUE_VECTOR>(value(tile, v), row + (v * 8 + g) * VALUE_VECTOR);
-        }
+        for (int i = 0; i < SIDE; i += 16 * 32) copy_ahead(at + SIDE + i + 16 * lane, values + from + i);
     }
 };
 constexpr int UNIT_BYTES = 64 * HEAD_DIM;
@@ -257,7 +259,7 @@ struct Angles {
     __device__ __forceinline__ void load(const xtype* cosines, const xtype* sines, int position, int t) {
         const size_t at = (size_t)position * HEAD_DIM + 8 * t;
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++) cos[j].all = load_early(cosines + at + 32 * j), sin[j].all = load_early(sines + at + 32 * j);
+        for (int j = 0; j < CHUNKS; j++) cos[j] = load_early(cosines + at + 32 * j), sin[j] = load_early(sines + at + 32 * j);
     }
 };
 
@@ -278,9 +280,9 @@ struct Params {
     const char* at;
     __device__ __forceinline__ static void load(char* to, const __half* key_params, const __half* value_params, int first, int lane) {
         const char* const of_keys = reinterpret_cast<const char*>(key_params + (size_t)(first / QUANTUM) * 2 * HEAD_DIM);
-        if (16 * lane < 4 * HEAD_DIM) copy_ahead<16>(to + 16 * lane, of_keys + 16 * lane);
+        if (16 * lane < 4 * HEAD_DIM) copy_ahead(to + 16 * lane, of_keys + 16 * lane);
         if (16 * lane < PARAM_BYTES - 4 * HEAD_DIM)
-            copy_ahead<16>(to + 4 * HEAD_DIM + 16 * lane, reinterpret_cast<const char*>(value_params + (size_t)first * 2) + 16 * lane);
+            copy_ahead(to + 4 * HEAD_DIM + 16 * lane, reinterpret_cast<const char*>(value_params + (size_t)first * 2) + 16 * lane);
     }
     // Two dimensions' scales (what 0) or zeros (1); two positions' of a tile.
     __device__ __forceinline__ float2 key(int what, int j, int w, int t) const {
@@ -291,19 +293,9 @@ struct Params {
     }
 };
 
-__device__ __forceinline__ float2 pair_of(unsigned word) {
-    xpair pair = *reinterpret_cast<xpair*>(&word);
-    return make_float2(to_float(pair.x), to_float(pair.y));
-}
 __device__ __forceinline__ float2 half_pair_of(unsigned word) { return __half22float2(*reinterpret_cast<__half2*>(&word)); }
 __device__ __forceinline__ unsigned to_half_pair(float a, float b) {
     const __half2 pair = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const unsigned*>(&pair);
-}
-__device__ __forceinline__ unsigned to_pair(float a, float b) {
-    xpair pair;
-    from_float(a, &pair.x);
-    from_float(b, &pair.y);
     return *reinterpret_cast<const unsigned*>(&pair);
 }
 __device__ __forceinline__ float sum_of_quad(float v) {
@@ -319,10 +311,11 @@ __device__ __forceinline__ float largest_of_quad(float v) {
     return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
 }
 
+// Scores of two tiles, or of one where a unit has no more.
 template <int BITS>
 struct Scores {
-    float of[Unit<BITS>::TILES][2][4] = {};  // [tile][n][2 h + c]: slot g + 8 h, position 4 t + 2 n + c
-    float offset[2] = {};                    // what is to be added to those of slots g and g + 8
+    static constexpr int TILES = Unit<BITS>::TILES < 2 ? 1 : 2;
+    float of[TILES][2][4] = {};  // [tile][n][2 h + c]: slot g + 8 h, position 4 t + 2 n + c
 };
 __device__ constexpr bool as_half(int bits) { return bits < 16 || XTYPE == 0; }
 
@@ -331,37 +324,42 @@ __device__ __forceinline__ float sum_of_halves(unsigned word) {
     return v.x + v.y;
 }
 
+// Queries times the scales of the keys, and what is then to be added to their scores.
+struct Scaled {
+    Queries queries;
+    float offset[2] = {};
+};
+
 template <int BITS>
-__device__ __forceinline__ void score(Scores<BITS>& scores, const Queries& queries, const Unit<BITS>& unit, const Params& params, int t) {
-    typedef Unit<BITS> U;
-    Queries scaled;
-    if (BITS == 16) {
-        scaled = queries;
-    } else {
-        float offset[HALVES] = {};
+__device__ __forceinline__ void scale_queries(Scaled& scaled, const Queries& queries, const Params& params, int t) {
 #pragma unroll
-        for (int w = 0; w < 4 * CHUNKS; w++) {
-            const float2 s = params.key(0, w / 4, w % 4, t), z = params.key(1, w / 4, w % 4, t);
-            const float factor = code_factor<BITS>(w % 4);
+    for (int w = 0; w < 4 * CHUNKS; w++) {
+        const float2 s = params.key(0, w / 4, w % 4, t), z = params.key(1, w / 4, w % 4, t);
+        const float factor = code_factor<BITS>(w % 4);
 #pragma unroll
-            for (int h = 0; h < HALVES; h++) {
-                const float2 q = pair_of(queries.word[h][w]);
-                scaled.word[h][w] = to_half_pair(q.x * s.x * factor, q.y * s.y * factor);
-                offset[h] += q.x * z.x + q.y * z.y - CODE_OFFSET * sum_of_halves(scaled.word[h][w]);
-            }
+        for (int h = 0; h < HALVES; h++) {
+            const float2 q = pair_of(queries.word[h][w]);
+            scaled.queries.word[h][w] = to_half_pair(q.x * s.x * factor, q.y * s.y * factor);
+            scaled.offset[h] += q.x * z.x + q.y * z.y - CODE_OFFSET * sum_of_halves(scaled.queries.word[h][w]);
         }
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) scores.offset[h] = sum_of_quad(offset[h]);
     }
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) scaled.offset[h] = sum_of_quad(scaled.offset[h]);
+}
+
+// Scores of the tiles from `from` on.
+template <int BITS>
+__device__ __forceinline__ void score(Scores<BITS>& scores, const Queries& queries, const Unit<BITS>& unit, int from) {
+    typedef Unit<BITS> U;
     constexpr int CHUNKS_A_VECTOR = CHUNKS / U::KEY_VECTORS;
 #pragma unroll
     for (int v = 0; v < U::KEY_VECTORS; v++)
 #pragma unroll
-        for (int tile = 0; tile < U::TILES; tile++)
+        for (int tile = 0; tile < Scores<BITS>::TILES; tile++)
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 unsigned words[U::KEY_VECTOR / 4];
-                read_words<U::KEY_VECTOR>(unit.key(tile, n, v), words);
+                read_words<U::KEY_VECTOR>(unit.key(from + tile, n, v), words);
 #pragma unroll
                 for (int j = 0; j < CHUNKS_A_VECTOR; j++)
 #pragma unroll
@@ -369,8 +367,8 @@ __device__ __forceinline__ void score(Scores<BITS>& scores, const Queries& queri
                         unsigned b0, b1;
                         key_pairs<BITS>(words, j, s, b0, b1);
                         const int w = 4 * (v * CHUNKS_A_VECTOR + j) + 2 * s;
-                        multiply_add<as_half(BITS)>(scores.of[tile][n], scaled.word[0][w], BOTH ? scaled.word[HALVES - 1][w] : 0,
-                                                    scaled.word[0][w + 1], BOTH ? scaled.word[HALVES - 1][w + 1] : 0, b0, b1);
+                        multiply_add<as_half(BITS)>(scores.of[tile][n], queries.word[0][w], BOTH ? queries.word[HALVES - 1][w] : 0,
+                                                    queries.word[0][w + 1], BOTH ? queries.word[HALVES - 1][w + 1] : 0, b0, b1);
                     }
             }
 }
@@ -378,19 +376,19 @@ __device__ __forceinline__ void score(Scores<BITS>& scores, const Queries& queri
 // Turn scores into logarithms of weights: scaled, masked, and the running softmax brought to their maximum. `seen`: how many positions
 // of the unit row 0 of the step may see (row r sees r more).
 template <int BITS>
-__device__ __forceinline__ void weigh(Running& run, Scores<BITS>& scores, int seen, float scale, int g, int t) {
+__device__ __forceinline__ void weigh(Running& run, Scores<BITS>& scores, const float offset[2], int seen, float scale, int g, int t) {
     float reached[2] = {run.largest[0], run.largest[1]};
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         const int sees = seen + (g + 8 * h) % ROWS;
 #pragma unroll
-        for (int tile = 0; tile < Unit<BITS>::TILES; tile++)
+        for (int tile = 0; tile < Scores<BITS>::TILES; tile++)
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     float& one = scores.of[tile][n][2 * h + c];
-                    one = (one + scores.offset[h]) * scale;
+                    one = (one + offset[h]) * scale;
                     if (BITS == 16 && tile * TILE + 4 * t + 2 * n + c >= sees) one = NOTHING;
                     reached[h] = fmaxf(reached[h], one);
                 }
@@ -412,15 +410,15 @@ __device__ __forceinline__ void weigh(Running& run, Scores<BITS>& scores, int se
 }
 
 template <int BITS>
-__device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores, const Unit<BITS>& unit, const Params& params, int t) {
+__device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores, const Unit<BITS>& unit, const Params& params, int from, int t) {
     typedef Unit<BITS> U;
 #pragma unroll
-    for (int tile = 0; tile < U::TILES; tile++) {
+    for (int tile = 0; tile < Scores<BITS>::TILES; tile++) {
         unsigned weight[2][HALVES];  // B: [positions 4 t + 2 n and + 1][slot half]
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             float2 s = make_float2(1.f, 1.f), z = make_float2(0.f, 0.f);
-            if (BITS < 16) s = params.value(0, tile, n, t), z = params.value(1, tile, n, t);
+            if (BITS < 16) s = params.value(0, from + tile, n, t), z = params.value(1, from + tile, n, t);
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 const float base = run.largest[h] == NOTHING ? 0.f : run.largest[h];
@@ -440,7 +438,7 @@ __device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores,
 #pragma unroll
         for (int v = 0; v < U::VALUE_VECTORS; v++) {
             unsigned words[U::VALUE_VECTOR / 4];
-            read_words<U::VALUE_VECTOR>(unit.value(tile, v), words);
+            read_words<U::VALUE_VECTOR>(unit.value(from + tile, v), words);
 #pragma unroll
             for (int k = 0; k < PAIRS_A_VECTOR; k++) {
                 unsigned a[2][2];  // [dimension b][positions 2 n and + 1]
@@ -454,11 +452,29 @@ __device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores,
     }
 }
 
+// Where an element of a tile stands in it, in elements of BITS; `inside` is the position's place in the tile.
+template <int BITS>
+__device__ __forceinline__ int key_place(int inside, int d) {
+    constexpr int SHARE = HEAD_DIM / 4, VECTOR = SHARE < 128 / BITS ? SHARE : 128 / BITS;  // of a lane; of one of its vectors
+    const int g = 2 * (inside / 4) + inside % 2, n = inside / 2 % 2, j = d / 32, t = d % 32 / 8, e = d % 8;
+    const int mine = 8 * j + (BITS == 4 ? e / 2 + 4 * (e % 2) : e);
+    return ((n * (SHARE / VECTOR) + mine / VECTOR) * 32 + 4 * g + t) * VECTOR + mine % VECTOR;
+}
+template <int BITS>
+__device__ __forceinline__ int value_place(int inside, int d) {
+    constexpr int SHARE = HEAD_DIM / 2, VECTOR = SHARE < 128 / BITS ? SHARE : 128 / BITS;
+    const int t = inside / 4, e = inside % 4, i = d / 16, g = d % 16 / 2, b = d % 2;
+    const int mine = 8 * i + (BITS == 4 ? 2 * b + e / 2 + 4 * (e % 2) : 4 * b + e);
+    return (mine / VECTOR * 32 + 4 * g + t) * VECTOR + mine % VECTOR;
+}
+
 // The cache of a key head that is 16-bit: all of it (KV 16), or the ring.
 struct Cache {
     xtype* keys;
     xtype* values;
     __device__ __forceinline__ static int place(int position) { return KV == 16 ? position : position % RING; }
+    __device__ __forceinline__ xtype* key(int p, int d) const { return keys + (size_t)(place(p) / TILE) * TILE * HEAD_DIM + key_place<16>(p % TILE, d); }
+    __device__ __forceinline__ xtype* value(int p, int d) const { return values + (size_t)(place(p) / TILE) * TILE * HEAD_DIM + value_place<16>(p % TILE, d); }
 };
 
 // A head of this step before rope: this lane's dimensions and those that turn with them.
@@ -468,22 +484,21 @@ struct Raw {
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++) {
             const int first = 32 * j + 8 * t;
-            own[j].all = __ldcg(reinterpret_cast<const uint4*>(head + first));
-            partner[j].all = __ldcg(reinterpret_cast<const uint4*>(head + (first < HEAD_DIM / 2 ? first + HEAD_DIM / 2 : first - HEAD_DIM / 2)));
+            own[j] = __ldcg(reinterpret_cast<const uint4*>(head + first));
+            partner[j] = __ldcg(reinterpret_cast<const uint4*>(head + (first < HEAD_DIM / 2 ? first + HEAD_DIM / 2 : first - HEAD_DIM / 2)));
         }
     }
     // After rope, rounded where transformers rounds.
     __device__ __forceinline__ void turn(const Angles& angles, unsigned words[4 * CHUNKS]) const {
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++) {
-            Eight turned;
+        for (int j = 0; j < CHUNKS; j++)
 #pragma unroll
-            for (int k = 0; k < 8; k++)
-                from_float(round_to_x(to_float(own[j].x[k]) * to_float(angles.cos[j].x[k])) +
-                               round_to_x(to_float(partner[j].x[k]) * to_float(angles.sin[j].x[k])), &turned.x[k]);
-#pragma unroll
-            for (int w = 0; w < 4; w++) words[4 * j + w] = turned.word[w];
-        }
+            for (int w = 0; w < 4; w++) {
+                const float2 o = pair_of(own[j].word[w]), c = pair_of(angles.cos[j].word[w]);
+                const float2 p = pair_of(partner[j].word[w]), s = pair_of(angles.sin[j].word[w]);
+                const float2 straight = pair_of(to_pair(o.x * c.x, o.y * c.y)), across = pair_of(to_pair(p.x * s.x, p.y * s.y));
+                words[4 * j + w] = to_pair(straight.x + across.x, straight.y + across.y);
+            }
     }
 };
 
@@ -507,18 +522,17 @@ struct Fresh {
             for (int j = 0; j < CHUNKS; j++) {
                 const uint4 eight = make_uint4(turned[4 * j], turned[4 * j + 1], turned[4 * j + 2], turned[4 * j + 3]);
                 *reinterpret_cast<uint4*>(unit.key(0, n, j)) = eight;
-                *reinterpret_cast<uint4*>(cache.keys + (size_t)Cache::place(p) * HEAD_DIM + 32 * j + 8 * t) = eight;
+                *reinterpret_cast<uint4*>(cache.key(p, 32 * j + 8 * t)) = eight;
             }
         }
         if (t == quad) {
-            unsigned short* const to = reinterpret_cast<unsigned short*>(cache.values + (size_t)(Cache::place(p) / 4) * HEAD_DIM * 4 + e);
 #pragma unroll
             for (int i = 0; i < PAIRS; i++)
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
                     const unsigned short one = b ? value[i] >> 16 : value[i] & 0xffff;
                     reinterpret_cast<unsigned short*>(unit.value(0, i))[4 * b + e] = one;
-                    to[4 * (16 * i + 2 * g + b)] = one;
+                    *reinterpret_cast<unsigned short*>(cache.value(p, 16 * i + 2 * g + b)) = one;
                 }
         }
     }
@@ -545,18 +559,6 @@ struct Gathered {
     float low[QUANTUM], step[QUANTUM];
 };
 
-// Where a key code of dimension d stands in its position's row, and a value code in the row of its four positions: in codes.
-__device__ __forceinline__ int key_place(int d) {
-    constexpr int SHARE = HEAD_DIM / 4, VECTOR = SHARE < 128 / KV ? SHARE : 128 / KV;  // codes of a lane; of one of its vectors
-    const int j = d / 32, t = d % 32 / 8, e = d % 8, mine = 8 * j + (KV == 4 ? e / 2 + 4 * (e % 2) : e);
-    return mine / VECTOR * 4 * VECTOR + t * VECTOR + mine % VECTOR;
-}
-__device__ __forceinline__ int value_place(int d, int e) {
-    constexpr int SHARE = HEAD_DIM / 2, VECTOR = SHARE < 128 / KV ? SHARE : 128 / KV;
-    const int i = d / 16, g = d % 16 / 2, b = d % 2, mine = 8 * i + (KV == 4 ? 2 * b + e / 2 + 4 * (e % 2) : 4 * b + e);
-    return mine / VECTOR * 8 * VECTOR + g * VECTOR + mine % VECTOR;
-}
-
 // Write `count` gathered codes as bytes, for 4 bits two in one.
 __device__ __forceinline__ void write_codes(const unsigned char* codes, char* to, int count, int thread) {
     if (KV == 8)
@@ -567,22 +569,24 @@ __device__ __forceinline__ void write_codes(const unsigned char* codes, char* to
 
 __device__ void quantize_group(Gathered& gathered, const Cache& cache, char* key_codes, char* value_codes, __half* key_params, __half* value_params,
                                int group, int thread) {
-    const int first = group * QUANTUM, ring = first % RING;
+    const int first = group * QUANTUM;
     for (int d = thread; d < HEAD_DIM; d += THREADS) {
         float low = HUGE_VALUE, high = NOTHING;
+#pragma unroll 4
         for (int p = 0; p < QUANTUM; p++) {
-            const float v = to_float(cache.keys[(size_t)(ring + p) * HEAD_DIM + d]);
+            const float v = to_float(*cache.key(first + p, d));
             low = fminf(low, v), high = fmaxf(high, v);
         }
         __half* const params = key_params + (size_t)group * 2 * HEAD_DIM + d;
         params_of(low, high, params, params + HEAD_DIM);
         const float scale = __half2float(params[0]), zero = __half2float(params[HEAD_DIM]);
+#pragma unroll 4
         for (int p = 0; p < QUANTUM; p++)
-            gathered.codes[p * HEAD_DIM + key_place(d)] = code_of(to_float(cache.keys[(size_t)(ring + p) * HEAD_DIM + d]), zero, scale);
+            gathered.codes[p / TILE * TILE * HEAD_DIM + key_place<KV>(p % TILE, d)] = code_of(to_float(*cache.key(first + p, d)), zero, scale);
     }
     __syncthreads();
     write_codes(gathered.codes, key_codes + (size_t)first * CODE_ROW, QUANTUM * HEAD_DIM, thread);
-    const auto value = [&](int p, int d) { return to_float(cache.values[((size_t)(ring + p) / 4 * HEAD_DIM + d) * 4 + p % 4]); };
+    const auto value = [&](int p, int d) { return to_float(*cache.value(first + p, d)); };
     for (int p = thread / 32; p < QUANTUM; p += WARPS) {  // a warp takes a token
         float low = HUGE_VALUE, high = NOTHING;
         for (int d = thread % 32; d < HEAD_DIM; d += 32) low = fminf(low, value(p, d)), high = fmaxf(high, value(p, d));
@@ -594,9 +598,10 @@ __device__ void quantize_group(Gathered& gathered, const Cache& cache, char* key
         gathered.step[p] = __half2float(params[0]), gathered.low[p] = __half2float(params[4]);
     }
     __syncthreads();
+#pragma unroll 2
     for (int at = thread; at < QUANTUM * HEAD_DIM; at += THREADS) {
         const int p = at % QUANTUM, d = at / QUANTUM;
-        gathered.codes[p / 4 * 4 * HEAD_DIM + value_place(d, p % 4)] = code_of(value(p, d), gathered.low[p], gathered.step[p]);
+        gathered.codes[p / TILE * TILE * HEAD_DIM + value_place<KV>(p % TILE, d)] = code_of(value(p, d), gathered.low[p], gathered.step[p]);
     }
     __syncthreads();
     write_codes(gathered.codes, value_codes + (size_t)first * CODE_ROW, QUANTUM * HEAD_DIM, thread);
@@ -742,19 +747,25 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
         if (u != first) wait_for_unit();
         char* const slot = own_ring + stage * SLOT_BYTES;
         if (KV != 16 && u < units_coded) {
-            Scores<BITS> scores;
             const Coded unit{slot, lane};
             const Params params{slot + UNIT_BYTES};
-            score<BITS>(scores, queries, unit, params, t);
-            weigh<BITS>(run, scores, Coded::POSITIONS, scale, g, t);
-            gather<BITS>(run, scores, unit, params, t);
+            Scaled scaled;
+            scale_queries<BITS>(scaled, queries, params, t);
+#pragma unroll 1
+            for (int from = 0; from < Coded::TILES; from += Scores<BITS>::TILES) {
+                Scores<BITS> scores;
+                score<BITS>(scores, scaled.queries, unit, from);
+                weigh<BITS>(run, scores, scaled.offset, Coded::POSITIONS, scale, g, t);
+                gather<BITS>(run, scores, unit, params, from, t);
+            }
         } else {
             const Unit<16> unit{slot, lane};
             if (has_fresh(u) && !(EARLY && u == first)) place_fresh(unit, u);
             Scores<16> scores;
-            score<16>(scores, queries, unit, Params{}, t);
-            weigh<16>(run, scores, position + 1 - coded - (u - units_coded) * TILE, scale, g, t);
-            gather<16>(run, scores, unit, Params{}, t);
+            const float no_offset[2] = {};
+            score<16>(scores, queries, unit, 0);
+            weigh<16>(run, scores, no_offset, position + 1 - coded - (u - units_coded) * TILE, scale, g, t);
+            gather<16>(run, scores, unit, Params{}, 0, t);
         }
         __syncwarp();
         fetch(u + STAGES * all, stage);

@@ -41,40 +41,50 @@ def quantize(values: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tenso
     return torch.where(scale > 0, codes, torch.zeros(())).to(torch.uint8), scale, zero
 
 
-def _order(share: int, lanes: int, bits: int, mine: Tensor, lane: Tensor) -> Tensor:
-    """Where a lane's code `mine` of `share` stands in a row: 16-byte vectors of the lanes in turn."""
+def _order(share: int, lane: Tensor, mine: Tensor, bits: int) -> Tensor:
+    """Place in a tile of element `mine` of the `share` elements that a lane has: vectors of 16 bytes, [vector][lane]."""
     vector = min(share, 128 // bits)
-    return mine // vector * (lanes * vector) + lane * vector + mine % vector
+    return (mine // vector * 32 + lane) * vector + mine % vector
 
 
 def key_places(head_dim: int, bits: int) -> Tensor:
-    """Place of each dimension's code in its position's row: int64 [head_dim]."""
-    d = torch.arange(head_dim)
+    """Place in a tile of each element of its keys: int64 [16 positions, head_dim]."""
+    p, d = torch.arange(TILE).unsqueeze(1), torch.arange(head_dim)
     e = d % 8
-    inside = e // 2 + 4 * (e % 2) if bits == 4 else e
-    return _order(head_dim // 4, 4, bits, 8 * (d // 32) + inside, d % 32 // 8)
+    mine = 8 * (d // 32) + (e // 2 + 4 * (e % 2) if bits == 4 else e)
+    lane = 4 * (2 * (p // 4) + p % 2) + d % 32 // 8
+    share = head_dim // 4
+    return _order(share, lane, mine, bits) + p // 2 % 2 * share * 32
 
 
 def value_places(head_dim: int, bits: int) -> Tensor:
-    """Place of each code in the row of four positions: int64 [4 positions, head_dim]."""
-    d, e = torch.arange(head_dim), torch.arange(4).unsqueeze(1)
-    b = d % 2
-    inside = 2 * b + e // 2 + 4 * (e % 2) if bits == 4 else 4 * b + e
-    return _order(head_dim // 2, 8, bits, 8 * (d // 16) + inside, (d % 16 // 2).expand(4, -1))
+    """Place in a tile of each element of its values: int64 [16 positions, head_dim]."""
+    p, d = torch.arange(TILE).unsqueeze(1), torch.arange(head_dim)
+    b, e = d % 2, p % 4
+    mine = 8 * (d // 16) + (2 * b + e // 2 + 4 * (e % 2) if bits == 4 else 4 * b + e)
+    return _order(head_dim // 2, 4 * (d % 16 // 2) + p // 4, mine, bits)
 
 
 def _to_bytes(codes: Tensor, bits: int) -> Tensor:
-    return codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
+    return codes[..., ::2] | codes[..., 1::2] << 4 if bits == 4 else codes
 
 
 def _from_bytes(packed: Tensor, bits: int) -> Tensor:
-    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2) if bits == 4 else packed
 
 
-def _scattered(codes: Tensor, places: Tensor) -> Tensor:
-    row = torch.empty_like(codes)
-    row[..., places.to(codes.device)] = codes
-    return row
+def _arranged(values: Tensor, places: Tensor, bits: int) -> Tensor:
+    """[heads, n, head_dim], n whole tiles, to [heads, tiles, elements of a tile], two of 4 bits in a byte."""
+    tiles = values.unflatten(1, (-1, TILE)).flatten(-2)
+    row = torch.empty_like(tiles)
+    row[..., places.flatten().to(values.device)] = tiles
+    return _to_bytes(row, bits)
+
+
+def _in_order(stored: Tensor, places: Tensor, bits: int) -> Tensor:
+    """Undo `_arranged`."""
+    tiles = _from_bytes(stored, bits)[..., places.flatten().to(stored.device)]
+    return tiles.unflatten(-1, tuple(places.shape)).flatten(1, 2)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -91,8 +101,8 @@ class KvCache:
         device: where it is kept.
 
     Attributes:
-        keys: [kv_heads, places, head_dim]; values: [kv_heads, places / 4, head_dim, 4]: everything, or a ring of `RING`.
-        key_codes, value_codes: uint8 [kv_heads, context, bytes] and [kv_heads, context / 4, bytes]; None for "fp16".
+        keys, values: [kv_heads, places / 16, 16 * head_dim]: everything, or a ring of `RING`.
+        key_codes, value_codes: uint8 [kv_heads, context / 16, bytes of 16 positions]; None for "fp16".
         key_params: fp16 [kv_heads, context / 64, 2, head_dim] scale and zero; value_params: [kv_heads, context / 4, 2, 4].
 
     Raises:
@@ -109,13 +119,13 @@ class KvCache:
         def zeros(*shape, dtype):
             return torch.zeros(kv_heads, *shape, dtype=dtype, device=device)
 
-        self.keys = zeros(self.places, head_dim, dtype=dtype)
-        self.values = zeros(self.places // 4, head_dim, 4, dtype=dtype)
+        self.keys, self.values = (zeros(self.places // TILE, TILE * head_dim, dtype=dtype) for _ in range(2))
         self.key_codes = self.value_codes = self.key_params = self.value_params = None
         if self.bits < 16:
-            row = head_dim * self.bits // 8
-            self.key_codes = zeros(self.context, row, dtype=torch.uint8)
-            self.value_codes = zeros(self.context // 4, 4 * row, dtype=torch.uint8)
+            tile = TILE * head_dim * self.bits // 8
+            self.key_codes, self.value_codes = (
+                zeros(self.context // TILE, tile, dtype=torch.uint8) for _ in range(2)
+            )
             self.key_params = zeros(self.context // QUANTUM, 2, head_dim, dtype=_PARAMS)
             self.value_params = zeros(self.context // 4, 2, 4, dtype=_PARAMS)
 
@@ -144,19 +154,21 @@ class KvCache:
         self._store_plain(keys[:, first:], values[:, first:], first)
 
     def _store_plain(self, keys: Tensor, values: Tensor, first: int) -> None:
-        places = torch.arange(first, first + keys.shape[1], device=keys.device) % self.places
-        self.keys[:, places] = keys
-        self.values[:, places // 4, :, places % 4] = values.transpose(0, 1)
+        """From position `first`, a whole tile's, on."""
+        room = _padded(keys.shape[1], TILE) - keys.shape[1]
+        places = torch.arange(first, first + keys.shape[1] + room, TILE, device=keys.device) // TILE
+        for stored, fresh, order in ((self.keys, keys, key_places), (self.values, values, value_places)):
+            padded = torch.nn.functional.pad(fresh, (0, 0, 0, room))
+            stored[:, places % (self.places // TILE)] = _arranged(padded, order(self.head_dim, 16), 16)
 
     def _store_codes(self, keys: Tensor, values: Tensor) -> None:
         heads, n, d = keys.shape
         codes, scale, zero = quantize(keys.unflatten(1, (-1, QUANTUM)), 2, self.bits)
-        row = _scattered(codes.view(heads, n, d), key_places(d, self.bits))
-        self.key_codes[:, :n] = _to_bytes(row, self.bits)
+        arranged = _arranged(codes.view(heads, n, d), key_places(d, self.bits), self.bits)
+        self.key_codes[:, : n // TILE] = arranged
         self.key_params[:, : n // QUANTUM] = torch.cat([scale, zero], 2)
         codes, scale, zero = quantize(values, 2, self.bits)
-        row = _scattered(codes.view(heads, n // 4, 4 * d), value_places(d, self.bits).flatten())
-        self.value_codes[:, : n // 4] = _to_bytes(row, self.bits)
+        self.value_codes[:, : n // TILE] = _arranged(codes, value_places(d, self.bits), self.bits)
         params = torch.stack([scale, zero], 1).view(heads, 2, n // 4, 4)
         self.value_params[:, : n // 4] = params.transpose(1, 2)
 
@@ -171,16 +183,15 @@ class KvCache:
             length: positions.
             coded: how many of them are read from their codes.
         """
-        places = torch.arange(coded, length, device=self.keys.device) % self.places
-        keys = self.keys[:, places].float()
-        values = self.values[:, places // 4, :, places % 4].float().transpose(0, 1)
+        d, tiles = self.head_dim, self.places // TILE
+        places = torch.arange(coded // TILE, -(-length // TILE), device=self.keys.device) % tiles
+        keys = _in_order(self.keys[:, places], key_places(d, 16), 16)[:, : length - coded].float()
+        values = _in_order(self.values[:, places], value_places(d, 16), 16)[:, : length - coded].float()
         if not coded:
             return keys, values
-        d, bits = self.head_dim, self.bits
-        key_codes = _from_bytes(self.key_codes[:, :coded], bits)[..., key_places(d, bits).to(keys.device)]
+        key_codes = _in_order(self.key_codes[:, : coded // TILE], key_places(d, self.bits), self.bits)
+        value_codes = _in_order(self.value_codes[:, : coded // TILE], value_places(d, self.bits), self.bits)
         scale, zero = self.key_params[:, : coded // QUANTUM].float().repeat_interleave(QUANTUM, 1).unbind(2)
-        value_codes = _from_bytes(self.value_codes[:, : coded // 4], bits)
-        value_codes = value_codes[..., value_places(d, bits).flatten().to(keys.device)].view(-1, coded, d)
         params = self.value_params[:, : coded // 4].float().transpose(1, 2).reshape(-1, 2, coded, 1)
         return (
             torch.cat([key_codes.float() * scale + zero, keys], 1),
