@@ -134,7 +134,9 @@ def test_claim_12_yields_to_two_runtimes_in_turns(published, gain, expected):
     assert set(found.records) == set(rows) and f"{gain:.2f}x" in found.reason
 
 
-@pytest.mark.parametrize("odd", [{"kv": "int8"}, {"rows": 4}, {"beside": "c++"}, {"interleaved": True}])
+@pytest.mark.parametrize(
+    "odd", [{"kv": "int8"}, {"world_size": 2}, {"rows": 4}, {"beside": "c++"}, {"interleaved": True}]
+)
 def test_only_plain_decodes_stand_for_a_stage(published, odd):
     config = dict(model="random:llama-2-7b", stage="graph")
     rows = [

@@ -69,7 +69,7 @@ def measured_here():
         model_name="builtin", device="cpu", profile="smoke", stages=["lean"], methods=["fp32", "codebook"]
     )
     made += bench.decode(stages=["lean"], methods=["codebook"], kv="int8", **here)
-    made += bench.context(contexts=[64, 96], methods=["codebook"], **here)
+    made += bench.context(contexts=[64, 10**9], methods=["codebook"], **here)
     made += bench.agreement(stages=["lean"], prompts=2, new_tokens=4, **here)
     made += bench.decode_peers(**here)
     made += bench.decode_peers(peers=["torchao-fp6"], **here)
@@ -103,7 +103,8 @@ def test_the_stages_are_in_order_with_windows_and_refusals(measured_here):
     assert stages == ["| naive"] * 2 + ["| lean"] * 2
     assert "tok/s, first 32 | last 32 | all" in head
     assert re.search(r"- lean, 4-bit codebook.*, kv int8: a cache in int8", text)
-    assert "tinygemm" not in text and "transformers" not in text
+    assert "tinygemm" not in text and "transformers" not in text and "1000000000 tokens" not in text
+    assert "| 1,000,000,000 | does not fit | - |" in readme_decode.contexts(measured_here)
 
 
 def test_what_no_record_tells_is_left_out():
@@ -199,6 +200,16 @@ def test_a_model_that_does_not_fit_says_so():
     assert "| does not fit |" in row and f"- llama-2-70b (random weights), fp16: {error}" in text
     assert f"ratio:{seven[1].id}/{seven[0].id}" in text
     assert readme_decode.models(seven) == ""
+    split = made("decode_speed", 20, "fp16", DENSE, large, stage="graph", world_size=2)
+    text = readme_decode.models([*seven, ours, no, split])
+    (row,) = [line for line in text.splitlines() if "llama-2-70b" in line and line.startswith("| ")]
+    assert f"20.0<!-- record:{split.id} --> (2 cards)" in row and f"ratio:{ours.id}/{split.id}" in row
+    assert error in text and "| graph, fp16, 2 cards |" in readme_decode.stages([split])
+    alone = readme_decode.models([*seven, split])
+    assert (
+        "(2 cards)" in alone
+        and len(readme_cells.current([split, split.replace(config={**split.config, "world_size": 1})])) == 2
+    )
 
 
 def test_energy_names_its_stage_and_compares_at_it():

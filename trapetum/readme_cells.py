@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from trapetum import records as rec
+from trapetum.figures.style import by_itself, decode_label, unusual
 from trapetum.records import Record
 
 OWN_DENSE = ("fp32", "bf16", "fp16")  # the own engine's, as `trapetum.bench.variants` names them
-# What tells runs apart besides the subject of `records.latest`: turns, runtimes, and two models of 16 bits.
-_APART = ("interleaved", "runtime", "baseline", "baseline_dtype", "dtype")
-_SAME_RUN = (
-    "model stage bits linears dtype lm_head kv rows new_tokens prompt_tokens interleaved beside".split()
-)
+# What tells runs apart besides the subject of `records.latest`: turns, runtimes, cards, and two models of 16 bits.
+_APART = ("interleaved", "runtime", "baseline", "baseline_dtype", "dtype", "world_size")
+_WEIGHTS = "model stage bits linears dtype lm_head kv rows world_size".split()
+_SAME_RUN = [*_WEIGHTS, "new_tokens", "prompt_tokens", "interleaved", "beside"]
 
 
 def cited(record: Record | None, digits: int = 3, unit: str = "") -> str:
@@ -92,8 +92,6 @@ def is_gpu(records: Sequence[Record]) -> bool:
 
 def weights(record: Record) -> str:
     """The weights of a decode and what is unusual of it, e.g. `4-bit codebook, kv int8`."""
-    from trapetum.figures.style import decode_label, unusual
-
     if record.method != "codebook":
         return decode_label(record)
     head = ["codes in the head"] if record.config.get("lm_head") == "codebook" else []
@@ -102,16 +100,12 @@ def weights(record: Record) -> str:
 
 def plain(records: Iterable[Record], quantity: str = "decode_speed") -> list[Record]:
     """Whole decodes by the own engine, each timed alone."""
-    from trapetum.figures.style import by_itself
-
     own = rec.select(records, quantity=quantity, method=(*OWN_DENSE, "codebook"))
     return [r for r in own if by_itself(r) and r.config.get("linears") != "none"]
 
 
 def usual(record: Record) -> bool:
-    """Whether a decode has a 16-bit cache and makes one token a step."""
-    from trapetum.figures.style import unusual
-
+    """Whether a decode has one card, a 16-bit cache, and makes one token a step."""
     return not unusual(record.config)
 
 
@@ -149,9 +143,7 @@ def longest(records: Iterable[Record]) -> list[Record]:
     """Of decodes that differ only in how long they are, the longest."""
     kept: dict[tuple, Record] = {}
     for r in records:
-        config = tuple(
-            r.config.get(name) for name in ("model", "stage", "bits", "dtype", "lm_head", "kv", "rows")
-        )
+        config = tuple(r.config.get(name) for name in _WEIGHTS)
         known = kept.get((r.method, config))
         if known is None or r.config["new_tokens"] >= known.config["new_tokens"]:
             kept[r.method, config] = r
@@ -161,7 +153,7 @@ def longest(records: Iterable[Record]) -> list[Record]:
 def gbps(record: Record | None) -> str:
     """Bytes of a token times tokens a second, GB/s: a product of two fields of the record cited beside it."""
     moved = rec.implied_gbps(record) if record else None
-    return "-" if moved is None else f"{moved:.0f}"
+    return "-" if moved is None else f"{moved:.{0 if moved >= 10 else 2}f}"
 
 
 def share_of_bound(record: Record, records: Iterable[Record] = ()) -> float | None:

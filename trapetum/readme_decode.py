@@ -7,6 +7,7 @@ the same row (`config.bytes`, `config.read_gbps`). A table without a row is "".
 from collections.abc import Iterable, Sequence
 
 from trapetum import records as rec
+from trapetum.figures.style import by_itself, unusual
 from trapetum.readme_cells import (
     OWN_DENSE,
     as_long,
@@ -50,7 +51,7 @@ def stages(records: Sequence[Record]) -> str:
     refused = [
         f"{r.config['stage']}, {weights(r)}: {r.config['error']}"
         for r in refusals(records, model=model)
-        if r.config.get("stage") and r.method in (*OWN_DENSE, "codebook") and not _ran(r, records)
+        if r.method in (*OWN_DENSE, "codebook") and _of_a_stage(r) and not _ran(r, records)
     ]
     return filled(
         [
@@ -71,13 +72,16 @@ def stages(records: Sequence[Record]) -> str:
     ) + notes(refused)
 
 
+def _of_a_stage(refused: Record) -> bool:
+    """Whether a whole decode was refused, not one context or a comparison of tokens."""
+    config = refused.config
+    return "stage" in config and "context" not in config and "baseline" not in config
+
+
 def _ran(refused: Record, records: Iterable[Record]) -> bool:
     """Whether what was refused once was measured another time."""
-    config = refused.config
-    same = {name: config.get(name) for name in ("model", "stage", "bits", "kv", "rows")}
-    same |= {"context": config["context"]} if "context" in config else {}
-    speeds = ("decode_speed", "context_speed")
-    return bool(rec.select(records, quantity=speeds, method=refused.method, **same))
+    same = {name: refused.config.get(name) for name in ("model", "stage", "bits", "kv", "rows")}
+    return bool(rec.select(records, quantity="decode_speed", method=refused.method, **same))
 
 
 def _stage_row(r: Record, speeds: Sequence[Record], records: Sequence[Record]) -> list[str]:
@@ -105,7 +109,7 @@ def _dense(ours: Record, speeds: Iterable[Record]) -> Record | None:
         for r in speeds
         if r.config.get("linears") == "dense"
         and r.config["stage"] == ours.config["stage"]
-        and usual(r) == usual(ours)
+        and unusual(r.config) == unusual(ours.config)
         and as_long(r, ours)
     ]
     return max(rivals, key=lambda r: r.value, default=None)
@@ -151,42 +155,52 @@ def _of_contexts(records, model, stage, method, bits, lm_head) -> str:
 
 
 def models(records: Sequence[Record]) -> str:
-    """Each model at the last stage that its codebook weights were decoded at; "" for fewer than two models."""
-    speeds = [r for r in longest(plain(records)) if usual(r)]
+    """Each model at the last stage that its codebook weights were decoded at; "" for fewer than two models.
+
+    Where dense weights do not fit one card, a decode split over several stands for them.
+    """
+    speeds = longest(plain(records))
     names = dict.fromkeys(r.config["model"] for r in speeds)
     if len(names) < 2:
         return ""
     rows, refused = [], []
     for model in names:
         found = [r for r in speeds if r.config["model"] == model]
-        ours = max(
-            (r for r in found if r.method == "codebook"),
-            key=lambda r: (stage_number(r), r.value),
-            default=None,
+        ours = _last([r for r in found if r.method == "codebook" and usual(r)])
+        dense = (
+            _dense(ours, found) if ours else _last([r for r in found if r.method in OWN_DENSE and usual(r)])
         )
-        if ours is None:
-            continue
-        dense = _dense(ours, found)
+        dense = dense or _last([r for r in found if r.config.get("world_size", 1) > 1])
         no = next((r for r in refusals(records, model=model) if r.method in OWN_DENSE), None)
-        refused += [f"{name_of(model)}, {no.method}: {no.config['error']}"] if no and not dense else []
+        if no and (dense is None or not usual(dense)):
+            refused.append(f"{name_of(model)}, {weights(no)}: {no.config['error']}")
         rows.append(_model_row(model, ours, dense, no, records))
     header = ["model", "stage", "codebook, tok/s", "GB/s", "of the byte bound", "peak GB", "estimated GB"]
     return filled([*header, "dense, tok/s", "peak GB, dense", "over dense"], rows) + notes(refused)
 
 
-def _model_row(model: str, ours: Record, dense: Record | None, no: Record | None, records) -> list[str]:
-    estimate = ours.config.get("estimate_gb")
+def _last(speeds: Sequence[Record]) -> Record | None:
+    """The decode of the last stage, the fastest of several."""
+    return max(speeds, key=lambda r: (stage_number(r), r.value), default=None)
+
+
+def _model_row(
+    model: str, ours: Record | None, dense: Record | None, no: Record | None, records
+) -> list[str]:
+    shown = ours or dense
+    estimate = ours.config.get("estimate_gb") if ours else None
+    cards = f" ({', '.join(unusual(dense.config))})" if dense and not usual(dense) else ""
     return [
-        f"{name_of(model)}, {weights(ours)}",
-        ours.config["stage"],
+        f"{name_of(model)}, {weights(ours)}" if ours else name_of(model),
+        shown.config["stage"],
         cited(ours),
         gbps(ours),
-        percent(share_of_bound(ours, records)),
-        cited(beside(ours, records, "decode_memory")),
+        percent(share_of_bound(ours, records)) if ours else "-",
+        cited(beside(ours, records, "decode_memory")) if ours else "-",
         f"{estimate:.2f}" if estimate else "-",
-        not_run(no) if no and not dense else cited(dense),
+        cited(dense) + cards if dense else not_run(no) if no else "-",
         cited(beside(dense, records, "decode_memory")) if dense else "-",
-        ratio(ours, dense),
+        ratio(ours, dense) if ours and dense and as_long(ours, dense) else "-",
     ]
 
 
@@ -222,7 +236,6 @@ def peers(records: Sequence[Record]) -> str:
 
 def _peers(records: Iterable[Record], quantity: str) -> list[Record]:
     from trapetum.bench.decode_peers import PEERS
-    from trapetum.figures.style import by_itself
 
     return [r for r in rec.select(records, quantity=quantity, method=PEERS) if by_itself(r)]
 

@@ -112,12 +112,13 @@ class Evidence:
         return sorted(newest, key=lambda r: device_name(r) != self.device)
 
     def decodes(self, on: str = "", model: str | None = None, **filters) -> list[Record]:
-        """Measured `decode_speed` records of plain decodes: alone, one token a step, a 16-bit cache.
+        """Measured `decode_speed` records of plain decodes: alone, one card, one token a step, a 16-bit cache.
 
         Args:
             on, model, **filters: as for `measured`.
         """
         plain = {"beside": None, "interleaved": None, "rows": (None, 1), "kv": (None, "fp16")}
+        plain["world_size"] = (None, 1)
         return self.measured("decode_speed", on, model, **{**plain, **filters})
 
     def derived(self, quantity: str, **filters) -> list[Record]:

@@ -155,9 +155,10 @@ def decode_label(record: Record) -> str:
 
 
 def unusual(config: Mapping) -> list[str]:
-    """In words, how a decode differs from one with a 16-bit cache and one token a step."""
-    kv, rows = config.get("kv"), config.get("rows") or 1
-    return [*([f"kv {kv}"] if kv in ("int8", "int4") else []), *([f"{rows} rows"] if rows > 1 else [])]
+    """In words, how a decode differs from one on one card with a 16-bit cache and one token a step."""
+    kv, rows, cards = config.get("kv"), config.get("rows") or 1, config.get("world_size") or 1
+    words = [(f"kv {kv}", kv in ("int8", "int4")), (f"{rows} rows", rows > 1), (f"{cards} cards", cards > 1)]
+    return [word for word, so in words if so]
 
 
 def by_itself(record: Record) -> bool:
