@@ -16,9 +16,10 @@ them different numbers, which is noticed).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 _COLUMNS = ("o_proj", "down_proj")
 _SUMMED_ONCE = "the cards' products are added, and with them their biases"
 _WARM_UPS = 3
+_PATIENCE = timedelta(minutes=5)  # with a card that does not answer
 
 
 class SplitError(ValueError):
@@ -55,11 +57,13 @@ class Cards:
         rank: number of this one, from 0.
         size: how many there are.
         device: "cuda:RANK" or "cpu".
+        at_end: what is called before the group ends: a group that a CUDA graph still holds does not end.
     """
 
     rank: int
     size: int
     device: str
+    at_end: list[Callable[[], None]] = field(default_factory=list, compare=False)
 
     def add(self, values: Tensor) -> Tensor:
         """The sum over all cards, in place; capturable."""
@@ -98,13 +102,16 @@ def joined(rank: int, size: int, device: str, init_method: str = "env://") -> It
         index = int(os.environ.get("LOCAL_RANK", rank))
         torch.cuda.set_device(index)
         where = torch.device("cuda", index)
-        dist.init_process_group("nccl", init_method, rank=rank, world_size=size, device_id=where)
+        backend, more = "nccl", {"device_id": where}
     else:
-        where = torch.device("cpu")
-        dist.init_process_group("gloo", init_method, rank=rank, world_size=size)
+        where, backend, more = torch.device("cpu"), "gloo", {}
+    dist.init_process_group(backend, init_method, _PATIENCE, rank=rank, world_size=size, **more)
+    cards = Cards(rank, size, str(where))
     try:
-        yield Cards(rank, size, str(where))
+        yield cards
     finally:
+        for call in cards.at_end:
+            call()
         dist.destroy_process_group()
 
 
@@ -130,6 +137,26 @@ def require_divisible(shape: ModelShape, size: int) -> None:
         raise SplitError(
             f"{shape.name} has biases on {' and '.join(biases)}, which a split does not support: {_SUMMED_ONCE}."
         )
+
+
+def require_splittable(name: str, size: int) -> ModelShape:
+    """The shape of a model that can be split.
+
+    Args:
+        name: "random:" and a shape of `shapes.MODELS`.
+        size: cards.
+
+    Raises:
+        SplitError: another kind of model, or one that so many cards cannot share.
+        ValueError: an unknown shape.
+    """
+    if not name.startswith("random:"):
+        raise SplitError(
+            f"only random weights can be split, and {name!r} is none; choose one of random:SHAPE."
+        )
+    shape = model_shape(name.removeprefix("random:"))
+    require_divisible(shape, size)
+    return shape
 
 
 def share_of(name: str, value: Tensor, rank: int, size: int) -> Tensor:
@@ -298,6 +325,12 @@ class SplitGraphDecoder(GraphDecoder):
         super().__init__(model, max_context)
         share_step(self.llama, cards)
         self._cards, self.why_eager = cards, ""
+        cards.at_end.append(self._forget_graphs)
+
+    def _forget_graphs(self) -> None:
+        torch.cuda.synchronize()
+        while self._graphs:
+            self._graphs.popitem()[1].reset()
 
     def prepare(self, prompt: int, count: int) -> None:
         """Capture the steps that a generation will replay; all cards must ask."""

@@ -22,11 +22,17 @@ from trapetum.bench.recording import Recorder
 from trapetum.bench.variants import NAMES, Variant, forget
 from trapetum.decode import Generation
 from trapetum.records import Record
-from trapetum.shapes import model as model_shape
-from trapetum.tensor_parallel import Cards, SplitEngine, SplitError, card_estimate, joined, load_split
+from trapetum.tensor_parallel import (
+    Cards,
+    SplitEngine,
+    SplitError,
+    card_estimate,
+    joined,
+    load_split,
+    require_splittable,
+)
 
 MODEL = "random:llama-2-70b"
-NOT_POSSIBLE = (SplitError, MemoryError, torch.OutOfMemoryError)
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -68,15 +74,13 @@ def measure(
                 "linears": "dense",
                 "bits": _bits(device),
             }
-            refuser(recorder)(_method(device), config, why or "another card could not hold its part.")
+            refuser(recorder)(_method(device), config, why)
         return recorder.close() if recorder else []
     generations = _generations(engine, random_prompt(variant, prompt), tokens, size)
     peak_gb = cards.largest(_peak_bytes(variant) / 1e9)
     if recorder:
         config = _config(recorder, cards, variant, engine, prompt, tokens)
         _add(recorder, variant.method, config, generations, peak_gb)
-    del engine  # its graphs must go before the group does
-    forget()
     return recorder.close() if recorder else []
 
 
@@ -89,28 +93,28 @@ def _bits(device: str) -> int:
 
 
 def _prepared(cards: Cards, name: str, context: int) -> tuple[SplitEngine | None, Variant | None, str]:
-    """This card's engine and model, or why there is none."""
-    try:
-        _require_room(cards, name, context)
-        loaded = load_split(name, cards)
-        engine = SplitEngine(loaded, cards, context)
-    except NOT_POSSIBLE as error:
-        return None, None, (str(error).strip() or "out of memory").splitlines()[0]
+    """This card's engine and model, or why no card has one: all agree before anything is made, so that none waits."""
+    why = _problem(cards, name, context)
+    if not cards.all_say(not why):
+        return None, None, why or "another card has no room for its part."
+    loaded = load_split(name, cards)
     dtype = NAMES[loaded.model.get_input_embeddings().weight.dtype]
     config = {"model": name, "bits": torch.finfo(loaded.model.dtype).bits, "linears": "dense", "dtype": dtype}
-    return engine, Variant(dtype, loaded, config), ""
+    return SplitEngine(loaded, cards, context), Variant(dtype, loaded, config), ""
 
 
-def _require_room(cards: Cards, name: str, context: int) -> None:
-    """Refuse before anything is made: a card that runs out of memory halfway would leave the others waiting."""
-    if cards.device == "cpu" or not name.startswith("random:"):
-        return
-    need = sum(card_estimate(model_shape(name.removeprefix("random:")), context, cards.size).values())
-    free = timing.free_bytes("cuda")
-    if need > free:
-        raise MemoryError(
-            f"{name} in 16 bits takes {need / 1e9:.1f} GB on each of {cards.size} cards, and {free / 1e9:.1f} GB are free."
-        )
+def _problem(cards: Cards, name: str, context: int) -> str:
+    """Why this card cannot hold its part, as a sentence, or ""."""
+    try:
+        shape = require_splittable(name, cards.size)
+    except SplitError as error:
+        return str(error)
+    if cards.device == "cpu":  # where it is only tried out
+        return ""
+    need, free = sum(card_estimate(shape, context, cards.size).values()), timing.free_bytes("cuda")
+    if need <= free:
+        return ""
+    return f"{name} in 16 bits takes {need / 1e9:.1f} GB on each of {cards.size} cards, and {free / 1e9:.1f} GB are free."
 
 
 def _generations(engine: SplitEngine, prompt: list[int], tokens: int, size: Sizes) -> list[Generation]:
