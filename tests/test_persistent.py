@@ -115,6 +115,14 @@ def test_the_verdict_needs_five_per_cent(us, worth):
     assert rows[0].id in made.source and rows[1].id in made.source
 
 
+def test_without_programmatic_edges_the_chain_is_the_plain_one():
+    ways = [way.name for way in persistent.ways_on((8, 6))]
+    assert ways == ["persistent", "no barriers", "barriers only", "graph chain"]
+    assert len(persistent.ways_on((9, 0))) == len(persistent.WAYS) == 6
+    made = persistent.speedup_of([_floor("persistent", 100.0), _floor("graph chain", 130.0)])
+    assert made.config["baseline"] == "graph chain" and made.value == pytest.approx(1.3)
+
+
 def test_a_verdict_from_a_suspect_time_is_suspect():
     doubtful = _floor("persistent", 100.0).replace(suspect=True, why_suspect="All weights fit the cache.")
     assert persistent.speedup_of([doubtful, _floor("pdl chain", 106.0)]).suspect
@@ -198,7 +206,7 @@ def test_a_captured_token_reads_every_byte(token):
 def test_the_records_of_a_small_model():
     rows = persistent.persistent_floor("llama-0.9b", "cuda", "smoke")
     floors = {row.config["way"]: row for row in rows if row.quantity == "token_floor"}
-    assert set(floors) == {way.name for way in persistent.WAYS}
+    assert set(floors) == {way.name for way in persistent.ways_on(torch.cuda.get_device_capability())}
     assert all(row.value > 0 and row.kernel_sha256 for row in floors.values())
     assert floors["barriers only"].value < floors["persistent"].value
     assert floors["barriers only"].config["bytes"] == 0
@@ -207,7 +215,7 @@ def test_the_records_of_a_small_model():
     assert floors["persistent"].config["bytes"] == sum(p.nbytes for p in phases)
     verdict = rows[-1]
     assert verdict.quantity == "speedup" and not verdict.suspect
-    assert verdict.value == floors["pdl chain"].value / floors["persistent"].value
+    assert verdict.value == floors[verdict.config["baseline"]].value / floors["persistent"].value
 
 
 @gpu

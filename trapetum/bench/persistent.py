@@ -31,6 +31,7 @@ WORTH_IT = 1.05  # a persistent kernel is kept from this speedup on
 _VECTOR = 16
 _KEEPER = 32  # threads of the warp that keeps the barrier
 _POISON = 0x5A5A5A5A
+_FIRST_WITH_PDL = (9, 0)
 
 
 # --- what a token reads ----------------------------------------------------------------------------------------------
@@ -251,12 +252,14 @@ def require_resident(function: Kernel, grid: Grid, threads: int, shared_bytes: i
 
 @dataclass(frozen=True)
 class _Way:
-    """A way to read a token: its launch shapes, what makes the launch, and whether its sums tell what was read."""
+    """A way to read a token: its launch shapes, what makes the launch, whether its sums tell what was read, and whether it
+    needs programmatic edges."""
 
     name: str
     grids: tuple[Grid, ...]
     launch: Callable[[Token, Grid], Callable[[], None]]
     sums: bool = True
+    pdl: bool = False
     source: str = SOURCE
 
 
@@ -266,16 +269,22 @@ WAYS = (
     _Way(
         "barriers only", PERSISTENT_GRIDS, lambda token, grid: token.persistent(grid, read=False), sums=False
     ),
-    _Way("pdl chain", CHAIN_GRIDS, lambda token, grid: token.chain(grid, True)),
+    _Way("pdl chain", CHAIN_GRIDS, lambda token, grid: token.chain(grid, True), pdl=True),
     _Way("graph chain", CHAIN_GRIDS, lambda token, grid: token.chain(grid, False)),
     _Way(
         "unordered pdl chain",
         (Grid(2, 1024, 4),),  # that of `cuda.read`
         lambda token, grid: token.unordered(),
         sums=False,
+        pdl=True,
         source=cuda.READ_SOURCE,
     ),
 )
+
+
+def ways_on(capability: tuple[int, int]) -> list[_Way]:
+    """The ways that a GPU of this compute capability has: programmatic edges begin with 9.0."""
+    return [way for way in WAYS if not way.pdl or capability >= _FIRST_WITH_PDL]
 
 
 def persistent_floor(
@@ -297,9 +306,10 @@ def persistent_floor(
     Returns:
         `token_floor` records in us: `config.way` is "persistent" (one cooperative kernel, barriers between phases), "no
         barriers", "barriers only" (nothing is read, `config.bytes` is 0), "pdl chain" (a kernel a phase, its first loads before
-        the wait), "graph chain" (no programmatic edges) or "unordered pdl chain" (all loads before the wait). Then a derived
-        `speedup` of the persistent kernel, `config.baseline` "pdl chain": `config.worth_it` says whether it reaches 1.05. What
-        does not fit is a `call_accepted` of 0 with the reason in `config.error`.
+        the wait), "graph chain" (no programmatic edges) or "unordered pdl chain" (all loads before the wait); below sm_90 there
+        is no pdl. Then a derived `speedup` of the persistent kernel over `config.baseline` ("pdl chain", or "graph chain" where
+        there is no other): `config.worth_it` says whether it reaches 1.05. What does not fit is a `call_accepted` of 0 with the
+        reason in `config.error`.
 
     Raises:
         RuntimeError: the CUDA kernels cannot run here.
@@ -324,7 +334,7 @@ def persistent_floor(
         return recorder.close()
     with torch.inference_mode():
         expected = token.words()
-        for way in WAYS:
+        for way in ways_on(torch.cuda.get_device_capability()):
             _measure(recorder, token, way, expected, config)
     rows = recorder.close()
     return rows + [speedup_of(rows)]
@@ -386,24 +396,26 @@ def doubt_of(nbytes: int, us: float, recorder: Recorder) -> str:
 
 
 def speedup_of(rows: Sequence[Record]) -> Record:
-    """What the persistent floor gains over the chain with programmatic edges: a derived `speedup`.
+    """What the persistent floor gains over the best chain with a kernel a phase: a derived `speedup`.
 
     Args:
         rows: `token_floor` records of one run.
 
     Returns:
-        time of "pdl chain" over that of "persistent"; `config.worth_it` is whether that reaches `WORTH_IT`.
+        time of "pdl chain" ("graph chain" where that is missing) over that of "persistent"; `config.worth_it` is whether it
+        reaches `WORTH_IT`.
 
     Raises:
-        KeyError: one of the two is missing.
+        KeyError: a time is missing.
     """
     by_way = {row.config["way"]: row for row in rows if row.quantity == "token_floor"}
-    chain, persistent = by_way["pdl chain"], by_way["persistent"]
+    baseline = "pdl chain" if "pdl chain" in by_way else "graph chain"
+    chain, persistent = by_way[baseline], by_way["persistent"]
     gain = chain.value / persistent.value
     kept = ("model", "weights", "context", "phases", "bytes", "profile")
     config = {key: persistent.config[key] for key in kept if key in persistent.config}
-    config |= {"way": "persistent", "baseline": "pdl chain", "needed": WORTH_IT, "worth_it": gain >= WORTH_IT}
-    formula = "time of the pdl chain / time of the persistent kernel"
+    config |= {"way": "persistent", "baseline": baseline, "needed": WORTH_IT, "worth_it": gain >= WORTH_IT}
+    formula = f"time of the {baseline} / time of the persistent kernel"
     source = f"{chain.id} and {persistent.id}"
     suspect = chain.suspect or persistent.suspect
     why = "One of its two times is suspect." if suspect else ""
