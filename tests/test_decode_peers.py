@@ -1,5 +1,6 @@
 """Other people's decodes: PyTorch's int4 weights in the own engine, transformers' own loops, torchao (faked), taking turns."""
 
+import importlib
 import importlib.machinery
 import sys
 from types import ModuleType
@@ -9,8 +10,6 @@ import torch
 from torch import nn
 
 from trapetum import models, swap, tinygemm
-from trapetum.bench import decode_interleaved as interleaved
-from trapetum.bench import decode_peers as peers
 from trapetum.bench import torchao_models
 from trapetum.bench.products import NotPossible
 from trapetum.bench.recording import Recorder
@@ -18,6 +17,10 @@ from trapetum.bench.transformers_decoding import TransformersDecoder
 from trapetum.decode import Engine, Generation
 from trapetum.projection import Apart, project
 from trapetum.tinygemm import TinyGemm, TinyGemmError, TinyGemmLinear, tinygemm_model
+
+# The package exports functions of these names.
+interleaved = importlib.import_module("trapetum.bench.decode_interleaved")
+peers = importlib.import_module("trapetum.bench.decode_peers")
 
 PROMPT = [5, 9, 200, 31, 77, 2, 140]
 TINY = "random:llama-tiny"
