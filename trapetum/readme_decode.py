@@ -144,7 +144,9 @@ def _of_contexts(records, model, stage, method, bits, lm_head) -> str:
         for kv in kvs:
             gain = [ratio(at[kv], at[kvs[0]])] if kv != kvs[0] else []
             held = one(records, "decode_memory", kv=kv, context=context, **same)
-            no = next((r for r in refused if (r.config.get("kv"), r.config["context"]) == (kv, context)), None)
+            no = next(
+                (r for r in refused if (r.config.get("kv"), r.config["context"]) == (kv, context)), None
+            )
             row += [not_run(no) if no and not at[kv] else cited(at[kv]), *gain, cited(held)]
         rows.append(row)
     without_kv = timed[0].replace(config={**timed[0].config, "kv": None})
