@@ -125,7 +125,7 @@ def stage_walk(
     figure = new_figure(title, subtitle, 500, figure)
     for column, (place, last) in enumerate(found, start=1):
         _panel(figure, column, place, last, guesses or {})
-    figure.layout.yaxis.title.text = "tok/s"
+    figure.update_yaxes(title="tok/s")
     add_key(figure, shown)
     return figure.update_layout(margin_t=130)
 
