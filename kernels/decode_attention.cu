@@ -19,11 +19,10 @@
 // memory; the blocks of a head meet in `partial`, where the last to arrive (a counter, which it sets back to 0) adds in the
 // order of the splits: bit-identical from run to run.
 //
-// Tensor cores, without moving an element between lanes. In mma.m16n8k16 (lane = 4 g + t) the rows of A are the queries. B, the
-// keys of 8 positions, wants in lane (g, t) four inner indices of position g; as the sum does not mind their order, these are consecutive
-// dimensions, and a 16-byte load is two steps' worth. D holds in lane (g, t) the scores of query g at two positions, which is
-// just where B of the second product wants the weights: there the rows of A are dimensions, whose A wants consecutive positions
-// of a dimension, and D holds dimensions by queries. So:
+// Tensor cores. In mma.m16n8k16 (lane = 4 g + t) the rows of A are 16 positions and the columns of B 8 queries. A wants in lane
+// (g, t) four inner indices of each of two positions; as the sum does not mind their order, these are consecutive dimensions, and a
+// 16-byte load is two steps' worth. D holds the scores of two positions for queries 2 t and 2 t + 1; `movmatrix` turns the weights
+// made of them into the B of the second product, where the rows of A are dimensions, which want consecutive positions. So:
 //
 //     keys    [kv_head][tile of 16 positions][n][vector][lane][16 bytes]
 //             lane (g, t): of position 4 (g / 2) + g % 2 + 2 n, for 32 dimensions j after another, dimensions 32 j + 8 t .. + 7
@@ -267,12 +266,16 @@ struct Queries {
     unsigned word[HALVES][4 * CHUNKS];  // of slots g and g + 8: 8 dimensions of each chunk
 };
 
-// The running softmax of a warp. Sums are of slots 8 h + 2 t + c, all else of slots g + 8 h.
+// The running softmax of a warp, of slots 8 h + 2 t + c.
 struct Running {
-    float sums[HALVES][PAIRS][4] = {};      // [h][i][2 b + c]: dimension 16 i + 2 g + b
-    float largest[2] = {NOTHING, NOTHING};  // of the scores, times scale * log2 e
-    float weights[2] = {};                  // this lane's part of the sum of weights
-    float zeros[2] = {};                    // and of the sum of weight * zero of the values
+    float sums[HALVES][PAIRS][4] = {};  // [h][i][2 b + c]: dimension 16 i + 2 g + b
+    float largest[HALVES][2];           // of the scores, times scale * log2 e
+    float weights[HALVES][2] = {};      // this lane's part of the sum of weights
+    float zeros[HALVES][2] = {};        // and of the sum of weight * zero of the values
+    __device__ __forceinline__ Running() {
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) largest[h][0] = largest[h][1] = NOTHING;
+    }
 };
 
 // Scales and zeros of a unit of codes, behind it in its slot; lanes read what others have copied.
@@ -284,12 +287,10 @@ struct Params {
         if (16 * lane < PARAM_BYTES - 4 * HEAD_DIM)
             copy_ahead(to + 4 * HEAD_DIM + 16 * lane, reinterpret_cast<const char*>(value_params + (size_t)first * 2) + 16 * lane);
     }
-    // Two dimensions' scales (what 0) or zeros (1); two positions' of a tile.
-    __device__ __forceinline__ float2 key(int what, int j, int w, int t) const {
-        return __half22float2(*reinterpret_cast<const __half2*>(at + 2 * (what * HEAD_DIM + 32 * j + 8 * t + 2 * w)));
-    }
-    __device__ __forceinline__ float2 value(int what, int tile, int n, int t) const {
-        return __half22float2(*reinterpret_cast<const __half2*>(at + 4 * HEAD_DIM + 16 * (4 * tile + t) + 8 * what + 4 * n));
+    // Scales (what 0) or zeros (1) of this lane's 8 dimensions of chunk j; of position `inside` a tile.
+    __device__ __forceinline__ uint4 key(int what, int j, int t) const { return *reinterpret_cast<const uint4*>(at + 2 * (what * HEAD_DIM + 32 * j + 8 * t)); }
+    __device__ __forceinline__ float value(int what, int tile, int inside) const {
+        return __half2float(*reinterpret_cast<const __half*>(at + 4 * HEAD_DIM + 16 * (4 * tile + inside / 4) + 8 * what + 2 * (inside % 4)));
     }
 };
 
@@ -298,53 +299,67 @@ __device__ __forceinline__ unsigned to_half_pair(float a, float b) {
     const __half2 pair = __floats2half2_rn(a, b);
     return *reinterpret_cast<const unsigned*>(&pair);
 }
-__device__ __forceinline__ float sum_of_quad(float v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
+// Over the lanes of all g.
+__device__ __forceinline__ float sum_of_column(float v) {
+    v += __shfl_xor_sync(~0u, v, 4);
+    v += __shfl_xor_sync(~0u, v, 8);
+    return v + __shfl_xor_sync(~0u, v, 16);
 }
-// What slots 2 t and 2 t + 1 have, of a value that lane (g, .) has of slot g.
-__device__ __forceinline__ float2 of_own_slots(float v, int t) {
-    return make_float2(__shfl_sync(~0u, v, 8 * t), __shfl_sync(~0u, v, 8 * t + 4));
+__device__ __forceinline__ float largest_of_column(float v) {
+    v = fmaxf(v, __shfl_xor_sync(~0u, v, 4));
+    v = fmaxf(v, __shfl_xor_sync(~0u, v, 8));
+    return fmaxf(v, __shfl_xor_sync(~0u, v, 16));
 }
-__device__ __forceinline__ float largest_of_quad(float v) {
-    v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-    return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+// An 8 by 8 matrix, of whose row g lane (g, t) has columns 2 t and 2 t + 1, turned over.
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned turned;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+    return turned;
 }
 
 // Scores of two tiles, or of one where a unit has no more.
 template <int BITS>
 struct Scores {
     static constexpr int TILES = Unit<BITS>::TILES < 2 ? 1 : 2;
-    float of[TILES][2][4] = {};  // [tile][n][2 h + c]: slot g + 8 h, position 4 t + 2 n + c
+    float of[TILES][HALVES][4] = {};  // [tile][h][2 n + c]: position 4 (g / 2) + g % 2 + 2 n, slot 8 h + 2 t + c
 };
 __device__ constexpr bool as_half(int bits) { return bits < 16 || XTYPE == 0; }
 
-__device__ __forceinline__ float sum_of_halves(unsigned word) {
-    const float2 v = half_pair_of(word);
-    return v.x + v.y;
-}
-
-// Queries times the scales of the keys, and what is then to be added to their scores.
+// Queries times the scales of the keys, and what is then to be added to their scores: query . zeros, less what the 1024 of each code makes.
 struct Scaled {
     Queries queries;
-    float offset[2] = {};
+    float offset[HALVES][4] = {};  // [h][c]: of slot 8 h + 2 t + c
 };
 
+__device__ __forceinline__ unsigned times(unsigned a, unsigned b) {
+    const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    return *reinterpret_cast<const unsigned*>(&product);
+}
+
+// `queries` are fp16 here.
 template <int BITS>
 __device__ __forceinline__ void scale_queries(Scaled& scaled, const Queries& queries, const Params& params, int t) {
+    const unsigned all_codes = to_half_pair(-CODE_OFFSET, -CODE_OFFSET), sixteenth = to_half_pair(1.f / 16, 1.f / 16);
 #pragma unroll
-    for (int w = 0; w < 4 * CHUNKS; w++) {
-        const float2 s = params.key(0, w / 4, w % 4, t), z = params.key(1, w / 4, w % 4, t);
-        const float factor = code_factor<BITS>(w % 4);
+    for (int j = 0; j < CHUNKS; j++) {
+        Eight scale, zero;
+        scale = params.key(0, j, t), zero = params.key(1, j, t);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-            const float2 q = pair_of(queries.word[h][w]);
-            scaled.queries.word[h][w] = to_half_pair(q.x * s.x * factor, q.y * s.y * factor);
-            scaled.offset[h] += q.x * z.x + q.y * z.y - CODE_OFFSET * sum_of_halves(scaled.queries.word[h][w]);
+            const unsigned* const plain = queries.word[h] + 4 * j;
+            unsigned* const made = scaled.queries.word[h] + 4 * j;
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                made[w] = times(plain[w], scale.word[w]);
+                if (code_factor<BITS>(w) != 1.f) made[w] = times(made[w], sixteenth);
+            }
+#pragma unroll
+            for (int s = 0; s < 4; s += 2) {
+                multiply_add<true>(scaled.offset[h], zero.word[s], zero.word[s], zero.word[s + 1], zero.word[s + 1], plain[s], plain[s + 1]);
+                multiply_add<true>(scaled.offset[h], all_codes, all_codes, all_codes, all_codes, made[s], made[s + 1]);
+            }
         }
     }
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) scaled.offset[h] = sum_of_quad(scaled.offset[h]);
 }
 
 // Scores of the tiles from `from` on.
@@ -355,82 +370,90 @@ __device__ __forceinline__ void score(Scores<BITS>& scores, const Queries& queri
 #pragma unroll
     for (int v = 0; v < U::KEY_VECTORS; v++)
 #pragma unroll
-        for (int tile = 0; tile < Scores<BITS>::TILES; tile++)
+        for (int tile = 0; tile < Scores<BITS>::TILES; tile++) {
+            unsigned words[2][U::KEY_VECTOR / 4];
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                unsigned words[U::KEY_VECTOR / 4];
-                read_words<U::KEY_VECTOR>(unit.key(from + tile, n, v), words);
+            for (int n = 0; n < 2; n++) read_words<U::KEY_VECTOR>(unit.key(from + tile, n, v), words[n]);
 #pragma unroll
-                for (int j = 0; j < CHUNKS_A_VECTOR; j++)
+            for (int j = 0; j < CHUNKS_A_VECTOR; j++)
 #pragma unroll
-                    for (int s = 0; s < 2; s++) {
-                        unsigned b0, b1;
-                        key_pairs<BITS>(words, j, s, b0, b1);
-                        const int w = 4 * (v * CHUNKS_A_VECTOR + j) + 2 * s;
-                        multiply_add<as_half(BITS)>(scores.of[tile][n], queries.word[0][w], BOTH ? queries.word[HALVES - 1][w] : 0,
-                                                    queries.word[0][w + 1], BOTH ? queries.word[HALVES - 1][w + 1] : 0, b0, b1);
-                    }
-            }
+                for (int s = 0; s < 2; s++) {
+                    unsigned a[2][2];
+#pragma unroll
+                    for (int n = 0; n < 2; n++) key_pairs<BITS>(words[n], j, s, a[n][0], a[n][1]);
+                    const int w = 4 * (v * CHUNKS_A_VECTOR + j) + 2 * s;
+#pragma unroll
+                    for (int h = 0; h < HALVES; h++)
+                        multiply_add<as_half(BITS)>(scores.of[tile][h], a[0][0], a[1][0], a[0][1], a[1][1], queries.word[h][w], queries.word[h][w + 1]);
+                }
+        }
 }
 
 // Turn scores into logarithms of weights: scaled, masked, and the running softmax brought to their maximum. `seen`: how many positions
-// of the unit row 0 of the step may see (row r sees r more).
+// from the first tile on row 0 of the step may see (row r sees r more).
 template <int BITS>
-__device__ __forceinline__ void weigh(Running& run, Scores<BITS>& scores, const float offset[2], int seen, float scale, int g, int t) {
-    float reached[2] = {run.largest[0], run.largest[1]};
+__device__ __forceinline__ void weigh(Running& run, Scores<BITS>& scores, const float offset[HALVES][4], int seen, float scale, int g, int t) {
+    float reached[HALVES][2];
+    bool more = false;
 #pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        const int sees = seen + (g + 8 * h) % ROWS;
+    for (int h = 0; h < HALVES; h++)
 #pragma unroll
-        for (int tile = 0; tile < Scores<BITS>::TILES; tile++)
+        for (int c = 0; c < 2; c++) {
+            float& top = reached[h][c] = run.largest[h][c];
+            const int sees = seen + (8 * h + 2 * t + c) % ROWS;
 #pragma unroll
-            for (int n = 0; n < 2; n++)
+            for (int tile = 0; tile < Scores<BITS>::TILES; tile++)
 #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    float& one = scores.of[tile][n][2 * h + c];
-                    one = (one + offset[h]) * scale;
-                    if (BITS == 16 && tile * TILE + 4 * t + 2 * n + c >= sees) one = NOTHING;
-                    reached[h] = fmaxf(reached[h], one);
+                for (int n = 0; n < 2; n++) {
+                    float& one = scores.of[tile][h][2 * n + c];
+                    one = (one + (BITS == 16 ? 0.f : offset[h][c])) * scale;
+                    if (BITS == 16 && tile * TILE + 4 * (g / 2) + g % 2 + 2 * n >= sees) one = NOTHING;
+                    top = fmaxf(top, one);
                 }
-        reached[h] = largest_of_quad(reached[h]);
-    }
-    if (!__any_sync(~0u, reached[0] > run.largest[0] || (BOTH && reached[1] > run.largest[1]))) return;
+            top = largest_of_column(top);
+            more |= top > run.largest[h][c];
+        }
+    if (!__any_sync(~0u, more)) return;
 #pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        const float shrink = reached[h] == NOTHING ? 1.f : exp2_of(run.largest[h] - reached[h]);
-        run.largest[h] = reached[h];
-        run.weights[h] *= shrink;
-        run.zeros[h] *= shrink;
-        const float2 of_sums = of_own_slots(shrink, t);
+    for (int h = 0; h < HALVES; h++)
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++)
+        for (int c = 0; c < 2; c++) {
+            const float shrink = reached[h][c] == NOTHING ? 1.f : exp2_of(run.largest[h][c] - reached[h][c]);
+            run.largest[h][c] = reached[h][c];
+            run.weights[h][c] *= shrink;
+            run.zeros[h][c] *= shrink;
 #pragma unroll
-            for (int b = 0; b < 2; b++) run.sums[h][i][2 * b] *= of_sums.x, run.sums[h][i][2 * b + 1] *= of_sums.y;
-    }
+            for (int i = 0; i < PAIRS; i++) run.sums[h][i][c] *= shrink, run.sums[h][i][2 + c] *= shrink;
+        }
 }
 
 template <int BITS>
-__device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores, const Unit<BITS>& unit, const Params& params, int from, int t) {
+__device__ __forceinline__ void gather(Running& run, const Scores<BITS>& scores, const Unit<BITS>& unit, const Params& params, int from, int g) {
     typedef Unit<BITS> U;
 #pragma unroll
     for (int tile = 0; tile < Scores<BITS>::TILES; tile++) {
-        unsigned weight[2][HALVES];  // B: [positions 4 t + 2 n and + 1][slot half]
+        unsigned weight[2][HALVES];  // B: [positions 4 t + 2 n and + 1][slots of half h]
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float2 s = make_float2(1.f, 1.f), z = make_float2(0.f, 0.f);
-            if (BITS < 16) s = params.value(0, from + tile, n, t), z = params.value(1, from + tile, n, t);
+            const int inside = 4 * (g / 2) + g % 2 + 2 * n;
+            const float scale = BITS == 16 ? (KV == 16 ? 1.f : WEIGHT_SCALE) : params.value(0, from + tile, inside) * (WEIGHT_SCALE * code_factor<BITS>(n));
+            const float zero = BITS == 16 ? 0.f : params.value(1, from + tile, inside);
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
-                const float base = run.largest[h] == NOTHING ? 0.f : run.largest[h];
-                const float first = exp2_of(scores.of[tile][n][2 * h] - base), second = exp2_of(scores.of[tile][n][2 * h + 1] - base);
-                run.weights[h] += first + second;
+                float w[2];
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    w[c] = exp2_of(scores.of[tile][h][2 * n + c] - (run.largest[h][c] == NOTHING ? 0.f : run.largest[h][c]));
+                    run.weights[h][c] += w[c];
+                }
                 if (BITS == 16) {
-                    constexpr float factor = KV == 16 ? 1.f : WEIGHT_SCALE;  // the sums of a quantized cache carry it
-                    weight[n][h] = to_pair(first * factor, second * factor);
+                    weight[n][h] = transposed(to_pair(w[0] * scale, w[1] * scale));
                 } else {
-                    const float factor = WEIGHT_SCALE * code_factor<BITS>(n);
-                    weight[n][h] = to_half_pair(first * s.x * factor, second * s.y * factor);
-                    run.zeros[h] += first * z.x + second * z.y - CODE_OFFSET / WEIGHT_SCALE * sum_of_halves(weight[n][h]);
+                    const unsigned both = to_half_pair(w[0] * scale, w[1] * scale);
+                    const float2 rounded = half_pair_of(both);
+                    run.zeros[h][0] += w[0] * zero - CODE_OFFSET / WEIGHT_SCALE * rounded.x;
+                    run.zeros[h][1] += w[1] * zero - CODE_OFFSET / WEIGHT_SCALE * rounded.y;
+                    weight[n][h] = transposed(both);
                 }
             }
         }
@@ -617,21 +640,17 @@ struct Part {
 
 __device__ __forceinline__ void leave(Part& part, Running& run, int g, int t) {
 #pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        const float weights = sum_of_quad(run.weights[h]), zeros = sum_of_quad(run.zeros[h]);
-        const float2 zero = of_own_slots(zeros, t);
-        if (t == 0 && g + 8 * h < SLOTS) part.stats[g + 8 * h][0] = run.largest[h], part.stats[g + 8 * h][1] = weights;
+    for (int h = 0; h < HALVES; h++)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const int slot = 8 * h + 2 * t + c;
+            const float weights = sum_of_column(run.weights[h][c]), zeros = sum_of_column(run.zeros[h][c]);
             if (slot >= SLOTS) continue;
+            if (g == 0) part.stats[slot][0] = run.largest[h][c], part.stats[slot][1] = weights;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                const float z = c ? zero.y : zero.x;
-                *reinterpret_cast<float2*>(&part.sums[slot][16 * i + 2 * g]) = make_float2(run.sums[h][i][c] + z, run.sums[h][i][2 + c] + z);
-            }
+            for (int i = 0; i < PAIRS; i++)
+                *reinterpret_cast<float2*>(&part.sums[slot][16 * i + 2 * g]) = make_float2(run.sums[h][i][c] + zeros, run.sums[h][i][2 + c] + zeros);
         }
-    }
 }
 
 // Sum `count` parts. `sums(k)`, `stats(k)` are part k's of this slot.
@@ -741,6 +760,15 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
             fresh.place(plain, cache, turned, p, p - from, g, t);
         }
     };
+    Queries halves = queries;  // as fp16, for codes
+    if (KV != 16 && XTYPE != 0)
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int w = 0; w < 4 * CHUNKS; w++) {
+                const float2 q = pair_of(queries.word[h][w]);
+                halves.word[h][w] = to_half_pair(q.x, q.y);
+            }
     Running run;
     int stage = 0;
     for (int u = first; u < units; u += all) {
@@ -750,22 +778,22 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
             const Coded unit{slot, lane};
             const Params params{slot + UNIT_BYTES};
             Scaled scaled;
-            scale_queries<BITS>(scaled, queries, params, t);
+            scale_queries<BITS>(scaled, halves, params, t);
 #pragma unroll 1
             for (int from = 0; from < Coded::TILES; from += Scores<BITS>::TILES) {
                 Scores<BITS> scores;
                 score<BITS>(scores, scaled.queries, unit, from);
                 weigh<BITS>(run, scores, scaled.offset, Coded::POSITIONS, scale, g, t);
-                gather<BITS>(run, scores, unit, params, from, t);
+                gather<BITS>(run, scores, unit, params, from, g);
             }
         } else {
             const Unit<16> unit{slot, lane};
             if (has_fresh(u) && !(EARLY && u == first)) place_fresh(unit, u);
             Scores<16> scores;
-            const float no_offset[2] = {};
+            const float no_offset[HALVES][4] = {};
             score<16>(scores, queries, unit, 0);
             weigh<16>(run, scores, no_offset, position + 1 - coded - (u - units_coded) * TILE, scale, g, t);
-            gather<16>(run, scores, unit, Params{}, 0, t);
+            gather<16>(run, scores, unit, Params{}, 0, g);
         }
         __syncwarp();
         fetch(u + STAGES * all, stage);
