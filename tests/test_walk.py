@@ -239,3 +239,19 @@ def test_a_person_may_choose_any_two_runs():
     assert chooser.figure.layout.shapes[0].y0 == runs[2].ideal_us
     with pytest.raises(ValueError, match="no bridge"):
         widgets.BridgeChooser(runs[:1])
+
+
+def test_the_newest_of_each_stage_stands_in_the_order_of_stages():
+    old, new = energy([1.0], stage="pdl"), energy([2.0], stage="pdl").replace(utc="2099-01-01T00:00:00Z")
+    found = figures.by_stage([new, old, energy([3.0], stage="naive")])
+    assert list(found) == ["codebook 4-bit, naive", "codebook 4-bit, pdl"]
+    assert found["codebook 4-bit, pdl"].value == 2.0
+
+
+def test_temperatures_and_clocks_around_windows_are_put_in_words():
+    before, after = [{"temperature": 31.0, "sm_mhz": 1980}], [{"temperature": 58.0}]
+    assert (
+        figures.logged_range([energy([1.0], before=before, after=after)])
+        == "31 to 58 degrees C, 1980 to 1980 MHz"
+    )
+    assert figures.logged_range([energy([1.0])]) == ""

@@ -10,7 +10,14 @@ from trapetum.figures.claims import claims
 from trapetum.figures.contexts import bound_tok_s, cache_gains, cache_of, reach, speed_by_context
 from trapetum.figures.decode import decode_stages
 from trapetum.figures.energy import GRIDS, GRIDS_SOURCE, carbon, carbon_g, energy_bars
-from trapetum.figures.energy_windows import WINDOW_HEADINGS, energy_windows, name_of, window_rows
+from trapetum.figures.energy_windows import (
+    WINDOW_HEADINGS,
+    by_stage,
+    energy_windows,
+    logged_range,
+    name_of,
+    window_rows,
+)
 from trapetum.figures.ladder import rungs, rungs_in_words
 from trapetum.figures.law import (
     four_terms,
@@ -46,6 +53,7 @@ __all__ = [
     "bound_tok_s",
     "bridge",
     "bridges",
+    "by_stage",
     "cache_gains",
     "cache_of",
     "carbon",
@@ -69,6 +77,7 @@ __all__ = [
     "law_fit",
     "laws_by_method",
     "left_out_errors",
+    "logged_range",
     "losers_map",
     "losses",
     "method_and_shape",

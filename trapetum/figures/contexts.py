@@ -12,6 +12,7 @@ from trapetum.shapes import KV_FORMATS, ModelShape
 
 TINTS = {"fp16": "#5b6670", "int8": "#00838f", "int4": "#6a51a3"}
 CONTEXTS = tuple(2**e for e in range(8, 18))
+_TICKS = tuple(4**e for e in range(3, 9))
 
 
 def cache_of(record: Record) -> str:
@@ -85,11 +86,11 @@ def speed_by_context(
     for kv, tint in TINTS.items():
         _speed(figure, kv, tint, shape, roof_gbps, [r for r in speeds if cache_of(r) == kv], bits, coded_head)
         _memory(figure, kv, tint, shape, [r for r in memory if cache_of(r) == kv], bits, coded_head)
-    ticks = {"tickvals": CONTEXTS, "ticktext": [f"{c // 1024} k" if c >= 1024 else str(c) for c in CONTEXTS]}
-    figure.update_xaxes(title="tokens in the cache", **{**LOG, **ticks})
+    ticks = {"tickvals": _TICKS, "ticktext": [f"{c // 1024} k" if c >= 1024 else str(c) for c in _TICKS]}
+    figure.update_xaxes(title="tokens in the cache", tickangle=0, **{**LOG, **ticks})
     figure.update_yaxes(title="tok/s", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title="GB", rangemode="tozero", row=1, col=2)
-    add_key(figure, [*speeds, *memory])
+    add_key(figure, [*speeds, *memory], gap_px=75)
     return figure.update_layout(margin_t=130)
 
 

@@ -1,6 +1,6 @@
 """The windows behind an energy figure: joules, clocks and temperature of each, so that a drift can be seen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
 
@@ -15,6 +15,7 @@ from trapetum.figures.style import (
     points,
     provenance,
 )
+from trapetum.figures.walk import ORDER
 from trapetum.records import Record
 
 WINDOW_HEADINGS = (
@@ -56,6 +57,25 @@ def _said(value) -> str:
 def name_of(record: Record) -> str:
     """Method and stage of a record, e.g. `codebook 4-bit, graph`."""
     return ", ".join(str(word) for word in (label_of(record), record.config.get("stage")) if word)
+
+
+def logged_range(records: Iterable[Record]) -> str:
+    """The temperatures and clocks seen around all windows, e.g. `31 to 58 degrees C, 1755 to 1980 MHz`; "" if none were."""
+    states = [s for r in records for key in ("before", "after") for s in _states(r, key)]
+    said = []
+    for unit, keys in (("degrees C", ("temperature",)), ("MHz", ("sm_mhz", "cpu_mhz"))):
+        seen = [s[key] for s in states for key in keys if s.get(key) is not None]
+        said += [f"{min(seen):g} to {max(seen):g} {unit}"] if seen else []
+    return ", ".join(said)
+
+
+def by_stage(records: Iterable[Record]) -> dict[str, Record]:
+    """The newest record of each method and stage by its name, in the order of the stages."""
+    newest: dict[str, Record] = {}
+    for r in sorted(records, key=lambda r: r.utc or ""):
+        newest[name_of(r)] = r
+    stages = {stage: number for number, stage in enumerate(ORDER)}
+    return dict(sorted(newest.items(), key=lambda item: stages.get(item[1].config.get("stage"), len(stages))))
 
 
 def energy_windows(records: Sequence[Record], title: str = "Window by window") -> go.Figure:

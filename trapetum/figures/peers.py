@@ -36,7 +36,7 @@ def fastest_each(records: Iterable[Record]) -> list[Record]:
         special = config.get("kv") in ("int8", "int4") or config.get("rows") not in (None, 1)
         if special or config.get("linears") == "none" or r.method == "byte-limit":
             continue
-        key = r.method, config.get("bits"), config.get("dtype") if r.kind == "measured" else None, r.kind
+        key = r.method, config.get("bits"), _dtype(r), r.kind
         if key not in best or r.value > best[key].value:
             best[key] = r
     return sorted(best.values(), key=lambda r: -r.value)
@@ -89,9 +89,15 @@ def peers(
 def _name(record: Record) -> str:
     config = record.config
     more = [str(config[k]) for k in ("stage", "host", "format", "quant", "range") if config.get(k)]
-    dtype = config.get("dtype") if record.kind == "measured" else None
-    said = [dtype] if dtype and dtype not in label_of(record) and (config.get("bits") or 16) >= 16 else []
+    dtype = _dtype(record)
+    said = [dtype] if dtype and dtype not in label_of(record) else []
     return ", ".join([label_of(record), *said, *more])
+
+
+def _dtype(record: Record) -> str | None:
+    """The dtype of dense weights that were measured; what is quantized is told by its bits."""
+    dense = record.kind == "measured" and (record.config.get("bits") or 16) >= 16
+    return record.config.get("dtype") if dense else None
 
 
 def _bound(record: Record, roof_gbps: float | None) -> float | None:
