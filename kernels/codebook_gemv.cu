@@ -317,7 +317,11 @@ __device__ __forceinline__ float round_to_x(float v) {
 typedef __nv_bfloat162 xpair;
 __device__ __forceinline__ float2 to_floats(xpair v) { return __bfloat1622float2(v); }
 __device__ __forceinline__ xpair from_floats(float a, float b) { return __floats2bfloat162_rn(a, b); }
-__device__ __forceinline__ __half2 to_halves(xpair v) { return __float22half2_rn(__bfloat1622float2(v)); }
+// What fp16 cannot hold becomes its largest: without an exponent of its own a row would be infinite for one such value.
+__device__ __forceinline__ __half2 to_halves(xpair v) {
+    const float2 f = __bfloat1622float2(v);
+    return __floats2half2_rn(fminf(fmaxf(f.x, -65504.f), 65504.f), fminf(fmaxf(f.y, -65504.f), 65504.f));
+}
 #else
 typedef __half2 xpair;
 __device__ __forceinline__ float2 to_floats(xpair v) { return __half22float2(v); }

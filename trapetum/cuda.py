@@ -257,6 +257,8 @@ def gemv(
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"one launch multiplies 1 to {MAX_ROWS} rows of x, not {rows}.")
     plan = plan or _plan(x, in_features, out_features, bits, rows)
+    if silu and x.dtype == torch.float32:
+        raise ValueError("a product with SiLU takes float16 or bfloat16 x, not float32.")
     if norm is not None or paired:
         _check_fused(x, in_features, norm, paired)
     staged, limit = rows * (2 if x.dtype == torch.float32 else 1), room_of(device).a_block

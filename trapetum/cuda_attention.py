@@ -16,7 +16,7 @@ HEAD_DIMS = (32, 64, 128)
 MOST_QUERIES = 16  # of a key head and step: a tensor-core tile
 MOST_SPLITS = 32
 _STATS = 2
-_BLOCKS_A_MULTIPROCESSOR = 2
+_WARPS_A_MULTIPROCESSOR = 8
 _DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1}
 
 
@@ -92,9 +92,8 @@ class Attention:
         self.heads, self.rows, self.warps, self.stages = heads, rows, warps, stages
         if self.shared_bytes(4) + 64 > room_of(device).a_block:
             self.stages = 1
-        wanted = (
-            _BLOCKS_A_MULTIPROCESSOR * room_of(device).sms // heads.kv_heads
-        )  # all at once, none in a second turn
+        # All blocks at once, none in a second turn.
+        wanted = _WARPS_A_MULTIPROCESSOR // warps * room_of(device).sms // heads.kv_heads
         self.splits = splits or min(MOST_SPLITS, max(1, wanted))
         slots = heads.group * rows * (heads.head_dim + _STATS)
         self.partial = torch.zeros(

@@ -99,9 +99,10 @@ def _wanted(in_features: int, rows: int, plain: bool, tensor: bool) -> Iterator[
     elif steps < 8:
         yield Plan(steps, 1, 1, 4, 4)
     else:
-        yield Plan(
-            8, min(4, -(-steps // 8)), 1, 2, 3 if rows <= 4 else 2
-        )  # of more rows, 80 registers would spill
+        if rows <= 2:
+            yield Plan(8, min(8, -(-steps // 8)), 1, 2, 2)
+        fit = 3 if rows <= 4 else 2  # of more rows, 80 registers would spill
+        yield Plan(8, min(4, -(-steps // 8)), 1, 2, fit)
         yield Plan(16, min(4, -(-steps // 16)), 1, 1, 1)
     yield (
         Plan(16, 2, 2 if tensor and not plain else 1, 1, 1, tensor) if tensor else Plan(8, 2, 1, 1, 1, False)
@@ -118,7 +119,8 @@ def plan_for(
     aligned: bool = True,
     tensor: bool = True,
 ) -> Plan:
-    """The launch shape of a product before any tuning: 64 KiB in flight a multiprocessor, where x leaves room for two blocks.
+    """The launch shape of a product before any tuning: 64 to 128 KiB in flight a multiprocessor, where x leaves room
+    for two blocks.
 
     Args:
         rows: of x.

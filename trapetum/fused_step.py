@@ -23,6 +23,11 @@ from trapetum.llama_step import LlamaStep, UnsupportedModel
 
 PARTS = ("linears", "attention", "norms", "sampling")
 _PLACES_ALIGNED = 64
+_WARPS, _WARPS_LONG, _LONG = (
+    4,
+    8,
+    4096,
+)  # of an attention block: larger ones stream a long cache faster, smaller ones start sooner
 
 
 def _require_kernels(llama: LlamaStep, rows: int) -> None:
@@ -78,7 +83,8 @@ class FusedStep:
         self._heads = Heads(*llama.heads)
         self._embedding, self._norm, self._eps = llama.constants
         index = self._embedding.get_device()
-        self._attention = Attention(self._heads, rows, llama.dtype, index)
+        warps = _WARPS if max_context < _LONG else _WARPS_LONG
+        self._attention = Attention(self._heads, rows, llama.dtype, index, warps)
         places = -(-(max_context + rows) // _PLACES_ALIGNED) * _PLACES_ALIGNED
         sizes = self._heads.kv_heads, self._heads.head_dim, places, llama.dtype, llama.device
         self.caches = [KvCache(kv, *sizes) for _ in llama.layers]
