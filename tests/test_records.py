@@ -448,6 +448,31 @@ def test_latest_drops_repeats_but_not_other_subjects():
     assert records.latest([old, new]) == [new]
 
 
+APART = (
+    "interleaved",
+    "runtime",
+    "baseline",
+    "baseline_dtype",
+    "dtype",
+    "world_size",
+    "way",
+    "rows",
+    "beside",
+)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_latest_keeps_runs_of_another_kind(name):
+    alone = make([5.0], utc="2026-11-20T10:00:00Z")
+    one, other = (
+        make([v], config={**CONFIG, name: said}, utc=f"2026-11-2{v}T10:00:00Z")
+        for v, said in ((1, "a"), (2, "b"))
+    )
+    again = make([4.0], config={**CONFIG, name: "a"}, utc="2026-11-23T10:00:00Z")
+    assert records.latest([alone, one, other]) == [alone, one, other]
+    assert records.latest([alone, one, other, again]) == [alone, again, other]
+
+
 def test_explain_says_every_part_of_a_record():
     rows = {field: said for field, said, _ in records.explain(make(commit="0123456789abcdef", dirty=True))}
     assert rows["quantity, value, unit"] == "gemv_time: 4.5 us"

@@ -71,10 +71,12 @@ def select(
     return [record for record in records if wanted(record)]
 
 
-# What tells one measurement from another; the rest of a config (copies, threads, profile) is how it was made.
+# What tells one measurement from another; the rest of a config (copies, threads, profile) is how it was made. Turns with
+# another method (interleaved, beside), runtimes, cards and what a ratio is taken to do not replace each other.
 _SUBJECT = (
     "in_features out_features model text bits n_codes group_size path variant l2 chain calls stage context "
-    "new_tokens batch rows window stride linears lm_head kv part accounting host format range beside timer peak arch"
+    "new_tokens batch rows window stride linears lm_head kv part accounting host format range beside timer peak arch "
+    "interleaved runtime baseline baseline_dtype dtype world_size way"
 ).split()
 
 
