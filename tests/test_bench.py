@@ -8,7 +8,7 @@ import torch
 from trapetum import bench, energy, timing
 from trapetum.bench import generating, multiply, products, reading, unpacking, variants
 from trapetum.bench.recording import Recorder
-from trapetum.decode import Generation, stages
+from trapetum.decode import FUSED_STAGES, Generation, stages
 from trapetum.models import Loaded, random_model
 from trapetum.records import implied_gbps
 from trapetum.shapes import MODELS
@@ -194,9 +194,9 @@ def test_products_of_a_chain_come_in_layer_order():
 # Decode
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_decode_measures_every_method_and_stage(device):
-    rows = bench.decode(TINY, device, profile="smoke")
+@pytest.mark.parametrize(("model", "device"), [(TINY, "cpu"), pytest.param("builtin", "cuda", marks=gpu)])
+def test_decode_measures_every_method_and_stage(model, device):
+    rows = bench.decode(model, device, profile="smoke")
     speeds = [r for r in rows if r.quantity == "decode_speed"]
     found = {(r.method, r.config["stage"]) for r in speeds}
     dense = {"fp16"} if device == "cuda" else {"fp32"}
@@ -206,6 +206,22 @@ def test_decode_measures_every_method_and_stage(device):
     assert linears["codebook"] == "codebook" and {linears[m] for m in dense} == {"dense"}
     assert {r.quantity for r in rows} == {"decode_speed", "decode_memory", "time_to_first_token"}
     assert all(r.config["read_gbps"] > 0 and r.config["estimate_gb"] > 0 for r in speeds)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_shape_that_the_fused_step_cannot_run_is_refused_there_only():
+    rows = bench.decode(
+        TINY, "cuda", profile="smoke"
+    )  # heads of 16, which the attention kernel does not have
+    refused = {(r.method, r.config["stage"]): r for r in rows if r.quantity == "call_accepted"}
+    assert set(refused) == {(m, s) for m in ("fp16", "codebook") for s in FUSED_STAGES}
+    for r in refused.values():
+        assert r.value == 0 and "the fused step cannot run this model" in r.config["error"]
+        assert r.config["error"].endswith(", not 16.")
+    speeds = {(r.method, r.config["stage"]) for r in rows if r.quantity == "decode_speed"}
+    others = set(stages("cuda")) - set(FUSED_STAGES)
+    assert speeds == {(method, stage) for method in ("fp16", "codebook") for stage in others}
 
 
 def test_decode_bytes_are_weights_and_cache():
