@@ -15,6 +15,9 @@ TINY = "random:llama-tiny"
 KNOWN = {"sampling": 30.0, "norms": 200.0, "attention and cache": 500.0, "products": 5000.0}
 LEFT = 340.0
 CARD = {"name": "a card"}
+ATTEMPTS = (
+    3  # of a comparison of two times that other processes on the GPU may spoil; a fault spoils all of them
+)
 
 
 class Machine:
@@ -173,7 +176,15 @@ def test_a_step_on_a_gpu_is_taken_apart():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_parts_explain_the_decode_of_a_graph():
     model = dict(model_name="random:llama-0.9b", device="cuda", stages=["graph"], methods=("codebook",))
-    (speed, *_) = bench.decode(**model, profile="smoke", new_tokens=256)
-    run = waterfall.find(bench.breakdown(**model, profile="smoke", new_tokens=256), "codebook", stage="graph")
-    assert run.token.config["context"] == speed.config["context"]
-    assert sum(p.us for p in run.parts) == pytest.approx(1e6 / speed.value, rel=0.03)
+    off = []
+    for _ in range(ATTEMPTS):
+        (speed, *_) = bench.decode(**model, profile="smoke", new_tokens=256)
+        parts = bench.breakdown(**model, profile="smoke", new_tokens=256)
+        run = waterfall.find(parts, "codebook", stage="graph")
+        assert run.token.config["context"] == speed.config["context"]
+        off.append(sum(p.us for p in run.parts) * speed.value / 1e6 - 1)
+        if abs(off[-1]) <= 0.03:
+            return
+    pytest.fail(
+        f"in {ATTEMPTS} attempts the parts were off the decode by {', '.join(f'{o:+.1%}' for o in off)}"
+    )
