@@ -5,6 +5,8 @@ import torch
 
 from trapetum import bench, timing
 from trapetum.bench import contexts
+from trapetum.bench.recording import Recorder
+from trapetum.bench.variants import codebook_variant
 from trapetum.models import load
 
 TINY = "random:llama-tiny"
@@ -49,6 +51,16 @@ def test_a_checkpoint_keeps_its_own_limit():
     assert any(r.quantity == "context_speed" and r.config["context"] == 64 for r in rows)
 
 
+def test_memory_of_other_code_in_the_process_is_not_counted():
+    recorder = Recorder("cpu", "smoke")
+    contexts._add_peak(
+        recorder, codebook_variant(TINY, "cpu", "fp32"), {"context": 64}, 1_669_000_000, 1_003_000_000
+    )
+    (row,) = recorder.close()
+    assert row.quantity == "decode_memory" and row.value == pytest.approx(0.666)
+    assert "less 1.003 GB that were allocated before the model" in row.source
+
+
 def test_too_short_a_context_is_refused():
     with pytest.raises(ValueError, match="32 tokens has no room for the 32 timed steps"):
         bench.context(TINY, "cpu", profile="smoke", contexts=(32,))
@@ -57,9 +69,11 @@ def test_too_short_a_context_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_quantized_caches_on_a_gpu_take_less_memory():
+    other = torch.empty(10**9, dtype=torch.uint8, device="cuda")  # of the process, but not of the decode
     rows = bench.context(
         "random:llama-0.9b", "cuda", profile="smoke", contexts=(1024, 16384), methods=["codebook"]
     )
+    del other
     assert not [r for r in rows if r.quantity == "call_accepted"]
     speeds = [r for r in rows if r.quantity == "context_speed"]
     assert {(r.config["kv"], r.config["context"]) for r in speeds} == {

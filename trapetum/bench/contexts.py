@@ -42,8 +42,9 @@ def context(
 
     Returns:
         `context_speed` (tok/s; `config.context`, `config.kv`, `config.bytes` of one token there) and `decode_memory` (GB,
-        beside `config.estimate_gb`) records. A context that does not fit the free memory or the model's own limit is
-        a `call_accepted` of 0 with the reason, the estimate and the free bytes in config.
+        beside `config.estimate_gb`; on a GPU less what the process held before the model) records. A context that does not
+        fit the free memory or the model's own limit is a `call_accepted` of 0 with the reason, the estimate and the
+        free bytes in config.
     """
     recorder = Recorder(device, profile)
     recorder.cold_read_gbps = cold_read_gbps(recorder)
@@ -52,6 +53,7 @@ def context(
     stage = stage or stages_of(recorder.device)[-1]
     lengths = contexts or recorder.sizes.contexts
     _require_room_for_steps(lengths)
+    held = _held(recorder.device)
     for variant in variants(name, recorder.device, names, bits, lm_head, refuser(recorder)):
         if (
             variant.loaded.kind == "random"
@@ -60,7 +62,7 @@ def context(
             config.max_position_embeddings = max(config.max_position_embeddings, *lengths)
         for kv in kvs or (KV if recorder.device == "cuda" else KV[:1]):
             for length in lengths:
-                _at(recorder, variant, stage, length, kv)
+                _at(recorder, variant, stage, length, kv, held)
         del variant  # before the next one is loaded
     return recorder.close()
 
@@ -72,7 +74,7 @@ def _require_room_for_steps(lengths: Sequence[int]) -> None:
         )
 
 
-def _at(recorder: Recorder, variant: Variant, stage: str, length: int, kv: str) -> None:
+def _at(recorder: Recorder, variant: Variant, stage: str, length: int, kv: str, held: int) -> None:
     config = {
         **variant.config,
         "stage": stage,
@@ -87,7 +89,7 @@ def _at(recorder: Recorder, variant: Variant, stage: str, length: int, kv: str) 
         refuser(recorder)(variant.method, config | {"free_bytes": _free(recorder.device)}, refusal)
         return
     try:
-        _measure(recorder, variant, config, kv)
+        _measure(recorder, variant, config, kv, held)
     except NOT_POSSIBLE as error:
         refuser(recorder)(variant.method, config | {"free_bytes": _free(recorder.device)}, error)
 
@@ -95,6 +97,12 @@ def _at(recorder: Recorder, variant: Variant, stage: str, length: int, kv: str) 
 def _free(device: str) -> int:
     forget()
     return timing.free_bytes(device)
+
+
+def _held(device: str) -> int:
+    """Bytes of the GPU that other code of the process has, live engines and the workspaces of libraries among them."""
+    forget()
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
 def _no_room(variant: Variant, length: int, kv: str, device: str) -> str:
@@ -114,7 +122,7 @@ def _beyond_limit(variant: Variant, length: int) -> str:
     return "" if length <= limit else f"{length} tokens are beyond the model's own limit of {limit}."
 
 
-def _measure(recorder: Recorder, variant: Variant, config: dict, kv: str) -> None:
+def _measure(recorder: Recorder, variant: Variant, config: dict, kv: str, held: int) -> None:
     length = config["context"]
     if recorder.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -128,4 +136,15 @@ def _measure(recorder: Recorder, variant: Variant, config: dict, kv: str) -> Non
     sha = kernel_sha(recorder, variant)
     speeds = [len(times) / sum(times) for times in runs]
     recorder.add("context_speed", speeds, variant.method, config, kernel_sha256=sha)
-    add_memory(recorder, variant, config)
+    if recorder.device == "cpu":
+        add_memory(recorder, variant, config)
+    else:
+        _add_peak(recorder, variant, config, torch.cuda.max_memory_allocated(), held)
+
+
+def _add_peak(recorder: Recorder, variant: Variant, config: dict, peak: int, held: int) -> None:
+    source = f"torch.cuda.max_memory_allocated, less {held / 1e9:.3f} GB that were allocated before the model"
+    sha = kernel_sha(recorder, variant)
+    recorder.add(
+        "decode_memory", [(peak - held) / 1e9], variant.method, config, source=source, kernel_sha256=sha
+    )
