@@ -22,7 +22,6 @@ from trapetum.kv_cache import KvCache
 from trapetum.llama_step import LlamaStep, UnsupportedModel
 
 PARTS = ("linears", "attention", "norms", "sampling")
-_PLACES_ALIGNED = 64
 _WARPS, _WARPS_LONG, _LONG = (
     4,
     8,
@@ -85,10 +84,9 @@ class FusedStep:
         index = self._embedding.get_device()
         warps = _WARPS if max_context < _LONG else _WARPS_LONG
         self._attention = Attention(self._heads, rows, llama.dtype, index, warps)
-        places = -(-(max_context + rows) // _PLACES_ALIGNED) * _PLACES_ALIGNED
-        sizes = self._heads.kv_heads, self._heads.head_dim, places, llama.dtype, llama.device
+        sizes = self._heads.kv_heads, self._heads.head_dim, max_context + rows, llama.dtype, llama.device
         self.caches = [KvCache(kv, *sizes) for _ in llama.layers]
-        self._cos, self._sin = llama.rope(places)
+        self._cos, self._sin = llama.rope(self.caches[0].context)
         self.state = cuda_token.State.make(max_context + rows, rows, llama.device)
 
         def buffer(width):

@@ -11,6 +11,16 @@ MODEL = "random:llama-2-7b"
 TOKENS = 512
 KV_16 = ("fp16", "bf16")
 
+# Why a target is missed; shown only then.
+_WHY = {
+    "fp32": "transformers' fp32 decode reads at the memory bandwidth, so the ratio of a token's bytes is the limit",
+    "int8 cache over fp16 cache, 4096 tokens": "by a rounding; the cache is less than the weights here",
+    "int8 cache over fp16 cache, 16384 tokens": "unpacking the codes takes more instructions than memory gives time for",
+    "int4 cache over fp16 cache, 16384 tokens": "unpacking the codes takes more instructions than memory gives time for",
+    "peak memory of the 512 tokens, GB": "embedding and head in fp16 are 0.52 of it and the cache 0.3; with codes in the "
+    "head or a quantized cache it is less (below)",
+}
+
 
 def _where(record: Record) -> str:
     words = [record.config["stage"], weights(record)]
@@ -24,8 +34,9 @@ def _decodes(records: Sequence[Record], method: str, **config) -> list[Record]:
 
 
 def _fastest(records: Sequence[Record]) -> Record | None:
-    """The fastest plain 4-bit decode."""
-    return max(_decodes(records, "codebook", bits=4), key=lambda r: r.value, default=None)
+    """The fastest plain 4-bit decode with a 16-bit head, which the dense decode beside it has too."""
+    found = [r for r in _decodes(records, "codebook", bits=4) if r.config.get("lm_head") != "codebook"]
+    return max(found, key=lambda r: r.value, default=None)
 
 
 def _graph(records: Sequence[Record], ours: Record) -> Record | None:
@@ -119,10 +130,12 @@ def h100(records: Sequence[Record], published: Sequence[Record] = ()) -> list[Ta
         ("int4 cache over fp16 cache, 16384 tokens", 1.8, _context(records, "int4", 16384), ""),
         ("C++ program over Python", 0.97, _standalone(records), ""),
     ]
-    memory = Target(
-        "peak memory of the 512 tokens, GB", 4.0, False, Case(held, None, where) if held else None
-    )
-    return [*(Target(what, bound, True, case, goal=goal) for what, bound, case, goal in asked), memory]
+    peak = "peak memory of the 512 tokens, GB"
+    memory = Target(peak, 4.0, False, Case(held, None, where) if held else None, _WHY[peak])
+    return [
+        *(Target(what, bound, True, case, _WHY.get(what, ""), goal) for what, bound, case, goal in asked),
+        memory,
+    ]
 
 
 def cpu(records: Sequence[Record]) -> list[Target]:
@@ -145,5 +158,5 @@ def cpu(records: Sequence[Record]) -> list[Target]:
     best = "decode over transformers' best dtype"
     return [
         Target(best, 2, True, gain("best dtype"), goal="goal 3.3"),
-        Target("decode over transformers' fp32", 8.5, True, gain("fp32")),
+        Target("decode over transformers' fp32", 8.5, True, gain("fp32"), _WHY["fp32"]),
     ]

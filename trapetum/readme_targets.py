@@ -254,7 +254,7 @@ def _line(t: Target, cited, ratio) -> str:
 
 def _figure(case: Case, cited, ratio) -> str:
     if case.share is not None:
-        return f"{case.share:.2f} ({cited(case.top)} tok/s)"
+        return f"{cited(case.top)} tok/s, {case.share:.2f}"
     if case.bottom:
         return ratio(case.top, case.bottom)
     return cited(case.top, 3, "x" if case.top.quantity == "speedup" else "")
