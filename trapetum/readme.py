@@ -252,11 +252,10 @@ def pictures(records: Sequence[Record]) -> dict:
 
 
 def _for_picture(records: Sequence[Record]) -> list[Record]:
-    """Plain decodes of the main model by stage, the longest that are not much longer than the slowest stage's."""
+    """The longest plain decode of the main model at each stage; slow stages may have made fewer tokens."""
     model = main_model(records)
-    speeds = [r for r in plain(records) if r.config["model"] == model and usual(r)]
-    shared = max((r.config["new_tokens"] for r in speeds if r.config["stage"] == "naive"), default=None)
-    return longest(r for r in speeds if shared and r.config["new_tokens"] <= 1.25 * shared)
+    found = [r for r in plain(records) if r.config["model"] == model and usual(r)]
+    return longest(r for r in found if r.config.get("lm_head") != "codebook" or not is_gpu([r]))
 
 
 def known_records() -> list[Record]:

@@ -89,6 +89,8 @@ def peers(
 def _name(record: Record) -> str:
     config = record.config
     more = [str(config[k]) for k in ("stage", "host", "format", "quant", "range") if config.get(k)]
+    if config.get("lm_head") == "codebook":
+        more.append("codes in the head")
     dtype = _dtype(record)
     said = [dtype] if dtype and dtype not in label_of(record) else []
     return ", ".join([label_of(record), *said, *more])
