@@ -14,9 +14,8 @@
 //     UNITS     units that a warp should have before another block joins in
 //
 // Work. A block is (split, key head). The positions of a key head are cut into units, and unit u goes to warp u mod (splits *
-// WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. A warp has STAGES units
-// on their way into shared memory, where each lane puts just what it will read itself, so nobody waits for anybody. Warps meet in shared
-// memory; the blocks of a head meet in `partial`, where the last to arrive (a counter, which it sets back to 0) adds in the
+// WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. A warp has STAGES
+// units on their way into shared memory of its own, so its lanes wait for each other and for nobody else. Warps meet in shared memory; the blocks of a head meet in `partial`, where the last to arrive (a counter, which it sets back to 0) adds in the
 // order of the splits: bit-identical from run to run.
 //
 // Tensor cores. In mma.m16n8k16 (lane = 4 g + t) the rows of A are 16 positions and the columns of B 8 queries. A wants in lane
@@ -32,9 +31,10 @@
 // so a warp copies what it needs as it lies, and each lane finds what is its own.
 //
 // KV 8 and 4. Keys are quantized by channel over groups of 64 positions, values by token, as in KIVI (Liu et al. 2024): keys
-// have outlying channels, values do not. A value is code * scale + zero. The scales of the keys go into the queries and those of the values into the
-// softmax weights, so a code is only made an fp16 number (exact, plus 1024, which comes off the sum) on its way to the tensor core. The latest 64 to 64 + ROWS positions stay 16-bit in a
-// ring of 128 (`keys`, `values`, laid out as above), and an extra block of each head quantizes a group as soon as all of it is certain.
+// have outlying channels, values do not. A value is code * scale + zero. The scales of the keys go into the queries and those of the
+// values into the softmax weights, so a code is only made an fp16 number (exact, plus 1024, which comes off the sum) on its way to the
+// tensor core. The latest positions, up to 64 + 2 ROWS, stay 16-bit in a ring of 128 (`keys`, `values`, laid out as above), and an extra
+// block of each head quantizes a group as soon as all of it is certain.
 //
 //     key codes, value codes   as above with 8 or 4 bits for an element, and the vectors so many times longer (where HEAD_DIM has
 //                              not so many for a lane, they are shorter). 4 bits: element e of 8 dimensions is in nibble e / 2 + 4 (e % 2)
@@ -81,7 +81,7 @@ typedef __nv_bfloat162 xpair;
 #endif
 
 constexpr int SLOTS = GROUP * ROWS;             // queries of a key head: slot h * ROWS + r
-constexpr bool BOTH = SLOTS > 8;                // whether rows 8 to 15 of A are in use
+constexpr bool BOTH = SLOTS > 8;                // whether a second B of 8 queries is in use
 constexpr int HALVES = BOTH ? 2 : 1;
 constexpr int CHUNKS = HEAD_DIM / 32;           // j
 constexpr int PAIRS = HEAD_DIM / 16;            // i
@@ -93,17 +93,12 @@ constexpr int STATS = 2;                        // of a slot beside its sums: ma
 constexpr float WEIGHT_SCALE = 512;             // on weight * scale of a value, for small ones to stay normal in fp16
 constexpr float HUGE_VALUE = 3e38f, NOTHING = -HUGE_VALUE;
 static_assert(HEAD_DIM == 32 || HEAD_DIM == 64 || HEAD_DIM == 128, "HEAD_DIM is 32, 64 or 128");
-static_assert(SLOTS <= 16, "a tensor-core tile has 16 queries");
+static_assert(SLOTS <= 16, "there are two Bs of 8 queries");
 
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ void from_float(float v, __half* out) { *out = __float2half_rn(v); }
 __device__ __forceinline__ void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
-__device__ __forceinline__ float round_to_x(float v) {
-    xtype rounded;
-    from_float(v, &rounded);
-    return to_float(rounded);
-}
 
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -140,7 +135,7 @@ __device__ __forceinline__ float exp2_of(float v) {
     return power;
 }
 
-// sums += A B with the lower rows of A in a0, a2 and the upper in a1, a3.
+// sums += A B; a0, a2 are row g of A, a1, a3 row g + 8.
 template <bool IS_HALF>
 __device__ __forceinline__ void multiply_add(float sums[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
 #if __CUDA_ARCH__ >= 800
@@ -236,7 +231,7 @@ __device__ __forceinline__ unsigned two_nibbles(unsigned word, int pair) {
 template <int BITS>
 __device__ __forceinline__ constexpr float code_factor(int pair) { return BITS == 4 && pair % 2 ? 1.f / 16 : 1.f; }  // undoes the 16
 
-// B of step s (16 dimensions) of chunk j.
+// Of step s (16 dimensions) of chunk j, one position's part of A.
 template <int BITS>
 __device__ __forceinline__ void key_pairs(const unsigned* words, int j, int s, unsigned& b0, unsigned& b1) {
     if (BITS == 16) b0 = words[4 * j + 2 * s], b1 = words[4 * j + 2 * s + 1];
@@ -263,7 +258,7 @@ struct Angles {
 };
 
 struct Queries {
-    unsigned word[HALVES][4 * CHUNKS];  // of slots g and g + 8: 8 dimensions of each chunk
+    unsigned word[HALVES][4 * CHUNKS];  // B: of slots g and g + 8, 8 dimensions of each chunk
 };
 
 // The running softmax of a warp, of slots 8 h + 2 t + c.

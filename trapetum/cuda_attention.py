@@ -13,7 +13,7 @@ from trapetum.launch import integer, kernel, pointer
 
 SOURCE = "decode_attention.cu"
 HEAD_DIMS = (32, 64, 128)
-MOST_QUERIES = 16  # of a key head and step: a tensor-core tile
+MOST_QUERIES = 16  # of a key head and step: two tensor-core operands
 MOST_SPLITS = 32
 _STATS = 2
 _WARPS_A_MULTIPROCESSOR = 8
