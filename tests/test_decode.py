@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from trapetum import decode, models
 from trapetum.checkpoint import ModelError
-from trapetum.decode import DecodeError, Engine, Generation, stages
+from trapetum.decode import DecodeError, Engine, Generation, last_engine, stages
 from trapetum.decoders import LeanDecoder, bucket_for
 from trapetum.linear import CodebookLinear
 from trapetum.llama_step import UnsupportedModel
@@ -559,3 +559,21 @@ def test_gpu_stop_token_and_stream():
     assert cut == whole[: whole.index(stop) + 1]
     assert engine.generate(PROMPT, 40).tokens == whole
     assert engine.generate(PROMPT[:1], 3).tokens == engine.generate(PROMPT[:1], 3).tokens
+
+
+def test_the_last_stage_that_can_run_a_model_is_found():
+    assert last_engine(tiny()).stage == "lean"
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    engine = last_engine(tiny(rope_parameters=rope), 64)
+    assert engine.stage == "cast_free"
+    assert engine.generate(PROMPT, 6).tokens == greedy(tiny(rope_parameters=rope), PROMPT, 6)
+    with pytest.raises(DecodeError, match="int8"):
+        last_engine(tiny(), 64, kv="int8")
+
+
+@pytest.mark.gpu
+def test_gpu_a_model_that_the_fused_stages_refuse_runs_as_a_graph():
+    engine = last_engine(tiny(torch.float16, "cuda", 4), 64)  # heads of 16
+    assert engine.stage == "graph" and len(engine.generate(PROMPT, 6).tokens) == 6
+    with pytest.raises(UnsupportedModel, match="16"):
+        last_engine(tiny(torch.float16, "cuda", 4), 64, kv="int8")

@@ -26,7 +26,7 @@ from trapetum.cuda_token import MAX_ROWS
 from trapetum.decoders import FusedDecoder, GraphDecoder, LeanDecoder, TreeDecoder
 from trapetum.fused_step import FusedStep
 from trapetum.kv_cache import KINDS
-from trapetum.llama_step import activation_dtype
+from trapetum.llama_step import UnsupportedModel, activation_dtype
 from trapetum.memory import memory_estimate
 from trapetum.models import Loaded
 from trapetum.swap import codebook_layers
@@ -347,3 +347,26 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
+
+
+def last_engine(loaded, max_context: int = 1024, kv: str = "fp16", rows: int = 1) -> Engine:
+    """The engine of the last stage that can run the model.
+
+    Args:
+        loaded: a model or `models.Loaded`.
+        max_context, kv, rows: as for `Engine`; a quantized cache and drafts are for the fused stages only.
+
+    Raises:
+        UnsupportedModel: no stage can; what the last stage said.
+        DecodeError: as for `Engine`.
+    """
+    model = loaded.model if isinstance(loaded, Loaded) else loaded
+    refused = None
+    for stage in reversed(stages(model.get_input_embeddings().weight.device)):
+        if refused and (kv, rows) != ("fp16", 1) and stage not in FUSED_STAGES:
+            break
+        try:
+            return Engine(loaded, stage, max_context, kv, rows)
+        except UnsupportedModel as error:
+            refused = refused or error
+    raise refused

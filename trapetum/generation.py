@@ -9,7 +9,7 @@ import torch
 from trapetum import machine, models
 from trapetum.bench.generating import engine_options
 from trapetum.bench.variants import Variant
-from trapetum.decode import Engine, Generation, stages
+from trapetum.decode import Engine, Generation, last_engine
 from trapetum.energy import EnergyMeter
 
 _UNFINISHED = "\ufffd"  # what a tokenizer prints for half a character
@@ -20,7 +20,7 @@ class How:
     """How to decode.
 
     Attributes:
-        stage: of `decode.stages(device)`; None for the last.
+        stage: of `decode.stages(device)`; None for the last that can run the model.
         kv: the cache: "fp16" (as the activations), "int8" or "int4".
         rows: tokens verified at once; above 1 the others are drafts, looked up in the text so far.
         temperature: 0 for greedy; above, tokens after the first are drawn from softmax(logits / temperature).
@@ -121,7 +121,7 @@ def run(
         model: as for `models.load`.
         prompt: text to go on from, repeated first.
         new_tokens: at most so many; fewer where the text ends.
-        how: stage, cache, drafts and sampling; None for the device's last stage, greedy.
+        how: stage, cache, drafts and sampling; None for the last stage that can run the model, greedy.
         bits: quantize first (random codes for random weights).
         device: "auto", "cpu" or "cuda".
         say: takes each piece of text as it arrives.
@@ -133,10 +133,11 @@ def run(
     how = how or How()
     options = engine_options(how.kv, how.rows)  # refuses an unknown cache before a model is loaded
     device = machine.choose_device(device)
-    how = replace(how, stage=how.stage or stages(device)[-1])
     loaded = _load(model, bits, device)
     ids = _prompt_ids(loaded, prompt)
-    engine = Engine(loaded.model, how.stage, max_context=len(ids) + new_tokens, **options)
+    options["max_context"] = len(ids) + new_tokens
+    engine = Engine(loaded.model, how.stage, **options) if how.stage else last_engine(loaded.model, **options)
+    how = replace(how, stage=engine.stage)
     if loaded.tokenizer is not None:
         say(prompt)
     stream, meter = _Stream(loaded.tokenizer, say), EnergyMeter(device)
