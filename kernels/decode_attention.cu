@@ -11,7 +11,6 @@
 //     ROWS      tokens of this step, at positions position .. position + ROWS - 1; GROUP * ROWS <= 16
 //     WARPS     warps a block
 //     STAGES    units (see below) that a warp has on their way
-//     UNITS     units that a warp should have before another block joins in
 //
 // Work. A block is (split, key head). The positions of a key head are cut into units, and unit u goes to warp u mod (splits *
 // WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. A warp has STAGES
@@ -67,9 +66,6 @@
 #endif
 #ifndef STAGES
 #define STAGES 2
-#endif
-#ifndef UNITS
-#define UNITS 1
 #endif
 
 #if XTYPE == 0
@@ -698,7 +694,7 @@ decode_attention(const xtype* __restrict__ qkv, const xtype* __restrict__ cos, c
     }
     const int units_coded = coded / Coded::POSITIONS;
     const int units = units_coded + (position + ROWS - coded + TILE - 1) / TILE;
-    const int active = min(splits, (units + WARPS * UNITS - 1) / (WARPS * UNITS));
+    const int active = min(splits, (units + WARPS - 1) / WARPS);
     if (split >= active) {
         wait_for_previous_kernel();
         allow_next_kernel();

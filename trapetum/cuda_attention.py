@@ -70,7 +70,6 @@ class Attention:
         dtype: of activations, fp16 or bf16.
         device: index of the GPU.
         warps: a block.
-        units: pieces of the cache that a warp should have before another block joins in.
         stages: pieces that a warp has on their way.
         splits: blocks of a key head at most; None fills the device twice.
     """
@@ -82,7 +81,6 @@ class Attention:
         dtype: torch.dtype,
         device: int,
         warps: int = 4,
-        units: int = 1,
         stages: int = 2,
         splits: int | None = None,
     ):
@@ -107,7 +105,6 @@ class Attention:
             f"ROWS={rows}",
             f"WARPS={warps}",
             f"STAGES={self.stages}",
-            f"UNITS={units}",
         )
 
     def shared_bytes(self, bits: int) -> int:
