@@ -14,8 +14,9 @@
 //
 // Work. A block is (split, key head). The positions of a key head are cut into units, and unit u goes to warp u mod (splits *
 // WARPS) of the head, so all stop within one unit of each other at any length. Blocks without a unit leave at once. A warp has STAGES
-// units on their way into shared memory of its own, so its lanes wait for each other and for nobody else. Warps meet in shared memory; the blocks of a head meet in `partial`, where the last to arrive (a counter, which it sets back to 0) adds in the
-// order of the splits: bit-identical from run to run.
+// units on their way into shared memory of its own, so its lanes wait for each other and for nobody else. Warps meet in shared memory; the
+// blocks of a head meet in `partial`, where the last to arrive (a counter, which it sets back to 0) adds in the order of the splits:
+// bit-identical from run to run.
 //
 // Tensor cores. In mma.m16n8k16 (lane = 4 g + t) the rows of A are 16 positions and the columns of B 8 queries. A wants in lane
 // (g, t) four inner indices of each of two positions; as the sum does not mind their order, these are consecutive dimensions, and a

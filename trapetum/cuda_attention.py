@@ -71,7 +71,7 @@ class Attention:
         device: index of the GPU.
         warps: a block.
         stages: pieces that a warp has on their way.
-        splits: blocks of a key head at most; None fills the device twice.
+        splits: blocks of a key head at most; None for as many as the device holds of all heads at once.
     """
 
     def __init__(
