@@ -8,8 +8,6 @@ from trapetum.figures.style import by_itself, decode_label, unusual
 from trapetum.records import Record
 
 OWN_DENSE = ("fp32", "bf16", "fp16")  # the own engine's, as `trapetum.bench.variants` names them
-# What tells runs apart besides the subject of `records.latest`: turns, runtimes, cards, and two models of 16 bits.
-_APART = ("interleaved", "runtime", "baseline", "baseline_dtype", "dtype", "world_size")
 _WEIGHTS = "model stage bits linears dtype lm_head kv rows world_size".split()
 _SAME_RUN = [*_WEIGHTS, "new_tokens", "prompt_tokens", "interleaved", "beside"]
 
@@ -59,12 +57,7 @@ def current(records: Iterable[Record]) -> list[Record]:
 
     hashes = {None, *kernel_hashes()}
     usable = [r for r in records if not r.suspect and r.kernel_sha256 in hashes]
-    groups: dict[tuple, list[Record]] = {}
-    for r in usable:
-        groups.setdefault(tuple(str(r.config.get(name)) for name in _APART), []).append(r)
-    place = {r.id: number for number, r in enumerate(usable)}
-    newest = [r for group in groups.values() for r in rec.latest(group)]
-    return sorted(newest, key=lambda r: place[r.id])
+    return rec.latest(usable)
 
 
 def one(records: Iterable[Record], quantity: str, method: str | None = None, **config) -> Record | None:
