@@ -14,11 +14,11 @@ KV_16 = ("fp16", "bf16")
 # Why a target is missed; shown only then.
 _WHY = {
     "fp32": "transformers' fp32 decode reads at the memory bandwidth, so the ratio of a token's bytes is the limit",
-    "int8 cache over fp16 cache, 4096 tokens": "by a rounding; the cache is less than the weights here",
+    "int8 cache over fp16 cache, 4096 tokens": "by less than a percent; the weights outweigh the cache at this length",
     "int8 cache over fp16 cache, 16384 tokens": "unpacking the codes takes more instructions than memory gives time for",
     "int4 cache over fp16 cache, 16384 tokens": "unpacking the codes takes more instructions than memory gives time for",
-    "peak memory of the 512 tokens, GB": "embedding and head in fp16 are 0.52 of it and the cache 0.3; with codes in the "
-    "head or a quantized cache it is less (below)",
+    "peak memory of the 512 tokens, GB": "embedding, head and cache are fp16, and earlier stages' workspaces are counted; with codes "
+    "in the head or a quantized cache it is less (below)",
 }
 
 
