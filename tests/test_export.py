@@ -33,6 +33,7 @@ from trapetum.launch import Kernel, Launch, integer, pointer, recorded
 from trapetum.llama_step import LlamaStep
 from trapetum.paths import KERNELS, ROOT
 from trapetum.records import latest, select
+from trapetum.shapes import MODELS
 
 VOCABULARY, CONTEXT = 97, 64
 ABOUT = About("a model", "sm_90", VOCABULARY, CONTEXT, (3, 5), 1000, 10, 4, {"hidden": 1, "layers": 2})
@@ -527,6 +528,15 @@ def swap(keyword, change, nth=0):
 
 def word(number, value):
     return lambda words: [*words[:number], value, *words[number + 1 :]]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_cache_of_every_shape_fits_a_plan(checker, folder, name):
+    path = folder / "plan.txt"
+    cached = 2 * 2 * MODELS[name].layers * MODELS[name].kv_heads * MODELS[name].head_dim
+    path.write_text(swap("token_bytes", word(2, str(cached)))(path.read_text()))
+    done = run(checker, folder, "--check")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 HUGE = str(2**64)

@@ -246,7 +246,7 @@ class Reader {
         eos();
         Line bytes = take("token_bytes");
         plan_.token_bytes = bytes.number("bytes of the weights", MOST_BYTES);
-        plan_.cached_token_bytes = bytes.number("bytes of a cached token", MOST_BYTES / MOST_TOKENS);
+        plan_.cached_token_bytes = bytes.number("bytes of a cached token", MOST_BYTES);
         bytes.finish();
         plan_.tokens_a_graph = single("tokens_a_graph", 1, MOST_TOKENS_A_GRAPH);
         plan_.weight_file_bytes = single("weights", 8, MOST_BYTES);
