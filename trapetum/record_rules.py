@@ -25,6 +25,9 @@ QUANTITIES = {
     "perplexity": "",
     "quantize_time": "s",
     "weight_error": "",  # ||W - Q||^2 / ||W||^2
+    "layer_error": "",  # of what a decoder layer adds to its exact input: ||added - added'|| / ||added||
+    "kl_divergence": "nat",  # of next-token distributions from config.baseline's, mean a token
+    "top1_agreement": "",  # share of tokens where config.baseline has the same first choice
     "output_error": "",  # relative L2 error of a product against float64
     "gemm_time": "us",  # one matrix-matrix product
     "gemm_throughput": "TFLOP/s",
@@ -57,6 +60,9 @@ QUANTITIES = {
 # Quantities that may be zero or, as a difference of two readings, below it.
 _MAY_BE_ZERO = {
     "weight_error",
+    "layer_error",
+    "kl_divergence",
+    "top1_agreement",
     "output_error",
     "peak_fraction",
     "energy_per_token",
