@@ -12,13 +12,14 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       cpu_threads, cpu_dense, ops, additive, cuda_additive,   over them,
       cuda_dense                                              and dense weights in the same step
     kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
+    stdlib, text, calibration                                 texts, and which tokens of them a model is shown
     kmeans, quantizers                                        how the values of a codebook are chosen
     linear, swap, checkpoint, architectures, shards,          models with codebook layers:
       streaming, models, hf, register                         make, save, load
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
       decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python
-    perplexity, stdlib, text, training_text, pretraining,     texts, how well a model predicts them, and the
-      trained, builtin                                        model trained on them
+    perplexity, training_text, pretraining, trained,          how well a model predicts a text, and the model
+      builtin                                                 trained on texts
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
     figures, widgets, workbook, walk, claims                  what a notebook shows
     html, report, readme_cells, readme_targets,               the report, the README and its tables,
