@@ -5,17 +5,28 @@ import math
 import pytest
 import torch
 
-from trapetum.quantizers import METHODS, NF4, quantize, weight_error
+from trapetum.calibration import Statistics
+from trapetum.quantizers import METHODS, NF4, group_rtn, quantize, row_groups, weight_error
+
+NEAREST = [m for m in METHODS if m not in ("lnq", "lnq-guided", "gptq-codebook")]
 
 
 def heavy_tailed(out_features=24, in_features=200):
     return torch.distributions.StudentT(4.0).sample((out_features, in_features)) * 0.02
 
 
-@pytest.mark.parametrize("method,bits", [(m, bits) for m in METHODS for bits in METHODS[m].bits])
-def test_every_method_gives_the_nearest_code(method, bits):
+def statistics_of(in_features, tokens=400, groups=1):
+    """Of inputs that share a component, so that they are correlated."""
+    x = torch.randn(tokens, in_features) + 2 * torch.randn(tokens, 1)
+    share = torch.rand(groups, tokens, 1) + 0.5
+    hessian = torch.stack([x.T @ (s * x) / tokens for s in share])
+    return Statistics(hessian, x.square().mean(0), tokens)
+
+
+@pytest.mark.parametrize("method,bits", [(m, bits) for m in NEAREST for bits in METHODS[m].bits])
+def test_methods_that_choose_by_distance_give_the_nearest_code(method, bits):
     weight = heavy_tailed(5, 77)
-    quantized = quantize(weight, bits, method, input_weight=torch.rand(77))
+    quantized = quantize(weight, bits, method, statistics=statistics_of(77, groups=2))
     assert (quantized.bits, quantized.n_codes, quantized.in_features) == (bits, 2**bits, 77)
     distance = (weight.unsqueeze(2) - quantized.codebook.float().unsqueeze(1)).abs()
     chosen = distance.gather(2, quantized.indices().long().unsqueeze(2)).squeeze(2)
@@ -130,6 +141,100 @@ def test_refusals_name_the_tensor_and_the_way_out(change, words):
         quantize(**arguments)
 
 
+def with_hessian(hessian, mean_square=None):
+    return Statistics(hessian, torch.ones(3) if mean_square is None else mean_square, 9)
+
+
+@pytest.mark.parametrize(
+    "statistics,words",
+    [
+        (None, "got none for layers.0.up"),
+        (with_hessian(None), "needs the Hessian of the inputs of layers.0.up"),
+        (with_hessian(torch.eye(3)), r"Hessian of layers.0.up is \[3, 3\]; give \[groups, 3, 3\]"),
+        (with_hessian(torch.eye(2)[None]), r"is \[1, 2, 2\]"),
+        (with_hessian(torch.zeros(0, 3, 3)), r"is \[0, 3, 3\]"),
+        (with_hessian(torch.full((1, 3, 3), math.nan)), "holds 9 NaN or infinite"),
+        (with_hessian(-torch.eye(3)[None]), "has -1 on its diagonal"),
+        (with_hessian(torch.eye(3)[None], torch.ones(4)), "one for each of 3 inputs"),
+    ],
+)
+def test_refusals_of_statistics(statistics, words):
+    for method in (name for name, m in METHODS.items() if m.needs_hessian):
+        with pytest.raises(ValueError, match=words) as refused:
+            quantize(torch.zeros(2, 3), 4, method, statistics=statistics, name="layers.0.up")
+        assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
+
+
+def test_groups_of_rows():
+    assert row_groups(7, 3) == [(0, slice(0, 3)), (1, slice(3, 5)), (2, slice(5, 7))]
+    assert [g for g, _ in row_groups(2, 5)] == [0, 2]
+    for rows, groups in [(1, 1), (7, 4), (5, 8), (300, 7)]:
+        of_row = {r: g for g, part in row_groups(rows, groups) for r in range(rows)[part]}
+        assert of_row == {r: r * groups // rows for r in range(rows)}
+
+
+def test_hessian_methods_see_all_rows(monkeypatch):
+    weight, statistics = heavy_tailed(9, 64), statistics_of(64, groups=4)
+    first = [quantize(weight, 3, m, statistics=statistics) for m in METHODS if METHODS[m].needs_hessian]
+    monkeypatch.setattr("trapetum.quantizers._CHUNK_WEIGHTS", 130)
+    second = [quantize(weight, 3, m, statistics=statistics) for m in METHODS if METHODS[m].needs_hessian]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.codes, b.codes) and torch.equal(a.codebook, b.codebook)
+
+
+def test_awq_grid_is_the_best_of_its_clips():
+    weight = heavy_tailed(6, 200)
+    hessian = statistics_of(200).hessian[0]
+    found = quantize(weight, 3, "awq", statistics=Statistics(hessian[None], hessian.diagonal(), 400))
+
+    def output_errors(quantized):
+        difference = quantized.dequantize() - weight
+        return ((difference @ hessian) * difference).sum(1)
+
+    codebook = found.codebook.float()
+    steps = codebook.diff(dim=1)
+    torch.testing.assert_close(steps, steps.mean(1, keepdim=True).expand_as(steps), rtol=0.02, atol=1e-5)
+    shares = (codebook[:, -1] / weight.amax(1)).tolist()
+    assert all(0.44 < share < 1.001 for share in shares) and min(shares) < 0.96
+    assert bool((output_errors(found) <= output_errors(quantize(weight, 3, "rtn")) * 1.001).all())
+
+
+def test_needs_and_transforms_are_known_words():
+    assert {m.needs for m in METHODS.values()} <= {"", "moments", "hessian", "guided"}
+    assert {m.transform for m in METHODS.values()} == {"", "awq", "rotation"}
+    assert {name for name, m in METHODS.items() if not m.needs_calibration} == {
+        "rtn",
+        "nf4",
+        "lloyd",
+        "kmeans",
+    }
+
+
+def test_rounding_in_groups():
+    weight = heavy_tailed(8, 300)
+    rounded, bits = group_rtn(weight, 4)
+    assert bits == 4 + 32 * 3 / 300
+    assert rounded.shape == weight.shape and rounded.dtype == torch.float32
+    for start in (0, 128, 256):
+        part, back = weight[:, start : start + 128], rounded[:, start : start + 128]
+        step = (part.amax(1, keepdim=True) - part.amin(1, keepdim=True)) / 15
+        assert bool(((part - back).abs() <= 0.51 * step + 1e-4 * part.abs().amax()).all())
+        assert all(len(row.unique()) <= 16 for row in back)
+    one_group = quantize(weight, 4, "rtn").dequantize()
+    assert (weight - rounded).square().sum() < 0.8 * (weight - one_group).square().sum()
+    assert torch.equal(group_rtn(torch.zeros(2, 5), 4).weight, torch.zeros(2, 5))
+    torch.testing.assert_close(
+        group_rtn(torch.full((2, 5), 0.3), 4).weight, torch.full((2, 5), 0.3), rtol=1e-3, atol=0
+    )
+
+
+def test_groups_cannot_be_stored_and_that_is_said():
+    with pytest.raises(ValueError, match="one codebook a channel, so use trapetum.quantizers.group_rtn"):
+        quantize(torch.zeros(2, 3), 4, "rtn-128")
+    with pytest.raises(ValueError, match="1 to 8 bits"):
+        group_rtn(torch.zeros(2, 3), 9)
+
+
 def test_weight_error_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"\[2, 4\]"):
         weight_error(torch.zeros(2, 4), quantize(torch.zeros(2, 3), 4))
@@ -138,8 +243,9 @@ def test_weight_error_refuses_other_shapes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_gpu_gives_the_same_quality(method):
-    weight, moment = heavy_tailed(64, 1500), torch.rand(1500)
-    here = quantize(weight, 4, method, input_weight=moment)
-    there = quantize(weight.cuda(), 4, method, input_weight=moment.cuda())
+    weight, statistics = heavy_tailed(64, 1500), statistics_of(1500, 4000, groups=3)
+    here = quantize(weight, 4, method, statistics=statistics)
+    there = quantize(weight.cuda(), 4, method, statistics=statistics)
     assert there.codes.is_cuda
-    assert weight_error(weight.cuda(), there) == pytest.approx(weight_error(weight, here), rel=2e-3)
+    rel = 2e-2 if METHODS[method].needs_hessian else 2e-3
+    assert weight_error(weight.cuda(), there) == pytest.approx(weight_error(weight, here), rel=rel)

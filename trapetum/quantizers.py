@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trapetum import formats, kmeans
+from trapetum import formats, grids, kmeans
+from trapetum.calibration import Statistics
 from trapetum.formats import BITS, CodebookWeight
+from trapetum.grids import GroupedWeight, group_rtn  # noqa: F401  (others take both from here)
 
 #: The 16 quantiles of a normal distribution that NF4 puts on [-1, 1].
 #: Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, appendix E.
@@ -38,9 +40,9 @@ LLOYD_STEPS = 12
 _LARGEST = torch.finfo(torch.float16).max
 _CHUNK_WEIGHTS = 1 << 24
 
-#: (weight float32 [rows, in], n_codes, input_weight float32 [in] or None) -> (codebook [rows, n_codes] rising, codes
-#: uint8 [rows, in] or None for the nearest).
-Fit = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor | None]]
+#: (weight float32 [rows, in], n_codes, statistics or None) -> (codebook [rows, n_codes] rising, codes uint8 [rows, in]
+#: made for the codebook in float16, or None for the nearest).
+Fit = Callable[[Tensor, int, Statistics | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,33 @@ class Method:
         description: one line for tables and `--help`.
         fit: see `Fit`.
         bits: bits per code that it supports.
-        needs_calibration: whether it needs `input_weight`.
+        needs: of calibration: "" nothing, "moments" the mean square of each input, "hessian" the second moments of
+            all pairs of inputs, "guided" the same weighted by the gradients of the loss, for groups of rows.
+        transform: what the model goes through before its weights are quantized: "" nothing, "awq" or "rotation".
     """
 
     description: str
     fit: Fit
     bits: tuple[int, ...] = BITS
-    needs_calibration: bool = False
+    needs: str = ""
+    transform: str = ""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a step over the whole model comes before its weights."""
+        return bool(self.needs or self.transform)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether `fit` takes a Hessian; it then sees all rows of a layer at once."""
+        return self.needs in ("hessian", "guided")
 
 
-def _uniform(weight: Tensor, n_codes: int) -> Tensor:
-    """n_codes values at equal distances from the row's smallest to its largest."""
-    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    share = torch.arange(n_codes, dtype=torch.float32, device=weight.device) / max(1, n_codes - 1)
-    return low * (1 - share) + high * share
+def _fit_rtn(weight, n_codes, statistics):
+    return grids.row_uniform(weight, n_codes), None
 
 
-def _fit_rtn(weight, n_codes, input_weight):
-    return _uniform(weight, n_codes), None
-
-
-def _fit_nf4(weight, n_codes, input_weight):
+def _fit_nf4(weight, n_codes, statistics):
     if n_codes != len(NF4):
         raise ValueError(
             f"nf4 has {len(NF4)} codes, not {n_codes}; leave n_codes out or use method 'kmeans'."
@@ -79,16 +87,22 @@ def _fit_nf4(weight, n_codes, input_weight):
     return weight.abs().amax(1, keepdim=True) * torch.tensor(NF4, device=weight.device), None
 
 
-def _fit_lloyd(weight, n_codes, input_weight):
-    return kmeans.lloyd_1d(weight, _uniform(weight, n_codes), LLOYD_STEPS), None
+def _fit_lloyd(weight, n_codes, statistics):
+    return kmeans.lloyd_1d(weight, grids.row_uniform(weight, n_codes), LLOYD_STEPS), None
 
 
-def _fit_kmeans(weight, n_codes, input_weight):
+def _fit_kmeans(weight, n_codes, statistics):
     return kmeans.kmeans_1d(weight, n_codes)[0], None
 
 
-def _fit_kmeans_weighted(weight, n_codes, input_weight):
-    return kmeans.kmeans_1d(weight, n_codes, input_weight)[0], None
+def _fit_kmeans_weighted(weight, n_codes, statistics):
+    return kmeans.kmeans_1d(weight, n_codes, statistics.mean_square)[0], None
+
+
+def _fit_awq(weight, n_codes, statistics):
+    parts = row_groups(len(weight), len(statistics.hessian))
+    grids_of = [grids.clipped(weight[part], n_codes, statistics.hessian[g]) for g, part in parts]
+    return torch.cat(grids_of), None
 
 
 METHODS: dict[str, Method] = {
@@ -99,14 +113,27 @@ METHODS: dict[str, Method] = {
     "lloyd": Method(f"{LLOYD_STEPS} Lloyd steps from equal steps, per channel", _fit_lloyd),
     "kmeans": Method("exact 1-D k-means per channel: the least squared weight error", _fit_kmeans),
     "kmeans-weighted": Method(
-        "exact 1-D k-means with each input weighed by its mean square",
-        _fit_kmeans_weighted,
-        needs_calibration=True,
+        "exact 1-D k-means with each input weighed by its mean square", _fit_kmeans_weighted, needs="moments"
     ),
+    "awq": Method(
+        "equal steps over a clipped range, after inputs with large activations are scaled up (AWQ)",
+        _fit_awq,
+        needs="hessian",
+        transform="awq",
+    ),
+    "rotation": Method(
+        "exact 1-D k-means after rotations folded into the weights", _fit_kmeans, transform="rotation"
+    ),
+}
+_ELSEWHERE = {
+    "rtn-128": "rtn-128 keeps a scale and a zero point for each 128 inputs; this format stores one codebook a channel, so "
+    "use trapetum.quantizers.group_rtn to measure it, or method 'rtn'."
 }
 
 
 def _require_scheme(bits: int, method: str, n_codes: int | None) -> int:
+    if method in _ELSEWHERE:
+        raise ValueError(_ELSEWHERE[method])
     if method not in METHODS:
         raise ValueError(f"no quantization method {method!r}; choose one of {', '.join(METHODS)}.")
     if bits not in METHODS[method].bits:
@@ -134,31 +161,72 @@ def _require_weight(weight: Tensor, name: str) -> None:
         )
 
 
-def _require_input_weight(
-    input_weight: Tensor | None, method: str, weight: Tensor, name: str
-) -> Tensor | None:
-    if not METHODS[method].needs_calibration:
-        return None
-    if input_weight is None:
+def _require_mean_square(mean_square: Tensor, weight: Tensor, name: str) -> Tensor:
+    if mean_square.shape != weight.shape[1:]:
         raise ValueError(
-            f"method {method!r} weighs inputs by their mean square and got none for {name}; calibrate, or use 'kmeans'."
+            f"the input weights of {name} are {list(mean_square.shape)}; give one for each of {weight.shape[1]} inputs."
         )
-    if input_weight.shape != weight.shape[1:]:
-        raise ValueError(
-            f"the input weights of {name} are {list(input_weight.shape)}; give one for each of {weight.shape[1]} inputs."
-        )
-    if not bool((input_weight.isfinite() & (input_weight >= 0)).all()):
+    if not bool((mean_square.isfinite() & (mean_square >= 0)).all()):
         raise ValueError(
             f"the input weights of {name} hold NaN, infinite or negative values; check the calibration."
         )
-    return input_weight.detach().to(weight.device, torch.float32)
+    return mean_square.detach().to(weight.device, torch.float32)
+
+
+def _require_hessian(hessian: Tensor, weight: Tensor, name: str) -> Tensor:
+    """The Hessian in float32 on the weight's device; finite, square, no negative diagonal."""
+    inputs = weight.shape[1]
+    if hessian.dim() != 3 or hessian.shape[1:] != (inputs, inputs) or not len(hessian):
+        raise ValueError(
+            f"the Hessian of {name} is {list(hessian.shape)}; give [groups, {inputs}, {inputs}], one or more groups."
+        )
+    bad = int((~hessian.isfinite()).sum())
+    if bad:
+        raise ValueError(f"the Hessian of {name} holds {bad} NaN or infinite values; check the calibration.")
+    lowest = float(hessian.diagonal(dim1=1, dim2=2).min())
+    if lowest < 0:
+        raise ValueError(
+            f"the Hessian of {name} has {lowest:g} on its diagonal, a mean of squares; check the calibration."
+        )
+    return hessian.detach().to(weight.device, torch.float32)
+
+
+def _require_statistics(
+    given: Statistics | None, method: str, weight: Tensor, name: str
+) -> Statistics | None:
+    """What `method` may use of the statistics, checked, on the weight's device."""
+    scheme = METHODS[method]
+    if not scheme.needs:
+        return None
+    if given is None:
+        raise ValueError(
+            f"method {method!r} weighs inputs by their mean square and got none for {name}; calibrate, or use 'kmeans'."
+        )
+    mean_square = _require_mean_square(given.mean_square, weight, name)
+    if not scheme.needs_hessian:
+        return Statistics(None, mean_square, given.tokens)
+    if given.hessian is None:
+        raise ValueError(
+            f"method {method!r} needs the Hessian of the inputs of {name}; calibrate for it, or use 'kmeans-weighted'."
+        )
+    return Statistics(_require_hessian(given.hessian, weight, name), mean_square, given.tokens)
+
+
+def row_groups(rows: int, groups: int) -> list[tuple[int, slice]]:
+    """The rows of each group that has any: row r belongs to group r * groups // rows.
+
+    Returns:
+        (group, its rows), in order.
+    """
+    starts = [-(-group * rows // groups) for group in range(groups + 1)]
+    return [(g, slice(a, b)) for g, (a, b) in enumerate(zip(starts, starts[1:], strict=False)) if a < b]
 
 
 def _quantize_rows(
-    weight: Tensor, method: str, n_codes: int, input_weight: Tensor | None
+    weight: Tensor, method: str, n_codes: int, statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
     weight = weight.to(torch.float32)
-    codebook, codes = METHODS[method].fit(weight, n_codes, input_weight)
+    codebook, codes = METHODS[method].fit(weight, n_codes, statistics)
     codebook = codebook.to(torch.float16)
     return kmeans.nearest(weight, codebook) if codes is None else codes, codebook
 
@@ -168,32 +236,40 @@ def quantize(
     bits: int,
     method: str = "kmeans",
     n_codes: int | None = None,
-    input_weight: Tensor | None = None,
+    statistics: Statistics | None = None,
     name: str = "weight",
+    input_weight: Tensor | None = None,
 ) -> CodebookWeight:
     """Quantize a weight matrix, each output channel with its own codebook; the same input gives the same codes.
+
+    A method's transform (`Method.transform`) is the caller's: it changes the model, here the weight is taken as it is.
 
     Args:
         weight: floating [out_features, in_features], finite, on CPU or CUDA.
         bits: bits per code, 2, 3, 4 or 8.
         method: a name of `METHODS`.
         n_codes: codebook entries, 2 to 2**bits; default 2**bits.
-        input_weight: floating [in_features], at least 0, e.g. the mean square of each input; used by the methods
-            that need calibration, ignored by the others.
+        statistics: of the layer's inputs, for the methods that need them; ignored by the others.
         name: what to call the tensor in an error.
+        input_weight: floating [in_features], at least 0, the mean square of each input: short for statistics with
+            nothing else.
 
     Returns:
         the codes and codebooks, on the weight's device.
 
     Raises:
-        ValueError: NaN, infinity or more than float16 holds in the weight, an unknown method, or sizes that do not fit.
+        ValueError: NaN, infinity or more than float16 holds in the weight, an unknown method, sizes that do not fit, or
+            statistics that are missing or damaged.
     """
     n_codes = _require_scheme(bits, method, n_codes)
     weight = weight.detach()
     _require_weight(weight, name)
-    input_weight = _require_input_weight(input_weight, method, weight, name)
-    rows = weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1]))
-    parts = [_quantize_rows(part, method, n_codes, input_weight) for part in rows]
+    if statistics is None and input_weight is not None:
+        statistics = Statistics(None, input_weight, 0)
+    statistics = _require_statistics(statistics, method, weight, name)
+    whole = METHODS[method].needs_hessian  # a Hessian belongs to a group of rows, which chunks would not keep
+    rows = [weight] if whole else weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1]))
+    parts = [_quantize_rows(part, method, n_codes, statistics) for part in rows]
     codes, codebook = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return formats.pack(codes, codebook, bits)
 
