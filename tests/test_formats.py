@@ -1,5 +1,6 @@
 """Packing, sizes and files of codebook weights."""
 
+import hashlib
 import json
 import struct
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from trapetum import formats
 from trapetum.formats import BITS, SCHEMES, CodebookWeight, FormatError
+from trapetum.tensor_files import TensorFile, combined, digest
 
 
 def random_weight(out_features, in_features, bits, n_codes=None, seed=0):
@@ -152,14 +154,26 @@ def test_pickle_and_missing_files_are_refused(tmp_path):
         formats.load(tmp_path / "absent.safetensors")
 
 
-def edit_header(path, change):
-    """Rewrite a safetensors file with its `trapetum` header changed."""
+def sign(tensors, metadata):
+    """Store the hashes that `tensors` have now, as one would who knows the format and means harm."""
+    try:
+        header = json.loads(metadata["trapetum"])
+        header["sha256"] = {name: digest(tensor) for name, tensor in tensors.items()}
+        metadata["trapetum"] = json.dumps(header)
+    except (KeyError, ValueError, TypeError):
+        pass
+
+
+def edit_header(path, change, signed=True):
+    """Rewrite a safetensors file with its tensors or its `trapetum` header changed."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     with safe_open(str(path), "pt") as file:
         tensors, metadata = {k: file.get_tensor(k).clone() for k in file.keys()}, dict(file.metadata())
     change(tensors, metadata)
+    if signed:
+        sign(tensors, metadata)
     save_file(tensors, str(path), metadata=metadata)
 
 
@@ -190,6 +204,57 @@ def test_load_refuses_damaged_contents(saved, change, words):
     edit_header(path, change)
     with pytest.raises(FormatError, match=words):
         formats.load(path)
+
+
+def _header(metadata, **fields):
+    _set(metadata, json.loads(metadata["trapetum"]) | fields)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda t, m: t["norm.weight"].view(torch.int16).__ixor__(1), r"norm\.weight .* not what was stored"),
+        (lambda t, m: t["short.codes"].__ixor__(1), r"short\.codes .* not what was stored"),
+        (lambda t, m: t.update({"norm.weight": t["norm.weight"].view(torch.float16)}), "not what was stored"),
+        (lambda t, m: t.update({"norm.weight": t["norm.weight"].reshape(2, 4)}), "not what was stored"),
+        (lambda t, m: _header(m, sha256={}), "one SHA-256 for each tensor"),
+        (lambda t, m: _header(m, sha256=[]), "damaged trapetum header"),
+        (lambda t, m: _header(m, sha257={}), "unknown field 'sha257'"),
+        (lambda t, m: t.update({"late.bias": torch.zeros(1)}), "one SHA-256 for each tensor"),
+    ],
+)
+def test_hashes_find_what_was_changed(saved, change, words):
+    path, _, _ = saved
+    edit_header(path, change, signed=False)
+    with pytest.raises(FormatError, match=words):
+        formats.load(path)
+
+
+def test_files_without_hashes_still_load(saved):
+    path, weights, _ = saved
+    edit_header(
+        path,
+        lambda t, m: _set(m, {k: v for k, v in json.loads(m["trapetum"]).items() if k != "sha256"}),
+        False,
+    )
+    assert formats.load(path).weights.keys() == weights.keys()
+
+
+def test_save_returns_the_hash_of_all_hashes(saved, tmp_path):
+    path, weights, extra = saved
+    assert formats.save(tmp_path / "again", weights, extra) == formats.save(
+        tmp_path / "third", weights, extra
+    )
+    with TensorFile(path) as file:
+        digests = {name: digest(file.read(name)) for name in file.entries}
+    assert combined(digests) == formats.save(tmp_path / "again", weights, extra)
+    assert combined(digests) != combined(digests | {"norm.weight": digests["short.codes"]})
+
+
+def test_a_hash_is_of_dtype_shape_and_bytes():
+    """Written out by the definition, for a tensor whose bytes are known."""
+    expected = hashlib.sha256(b"F16 [1, 2]\n" + b"\x00\x3c\x00\xc0").hexdigest()
+    assert digest(torch.tensor([[1.0, -2.0]]).half()) == expected
 
 
 @settings(deadline=None, max_examples=60)

@@ -8,9 +8,9 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     paths, kernel_cache, build, disassembly, plans, launch    where things are; compile, cache and launch kernels
     hardware, shapes, memory, law, law_terms, law_methods,    facts and formulas;
       law_cards, pareto, records, machine                     none needs torch
-    formats, gemv_plans, cuda, ladder, cpu, cpu_layout,       codebook weights, kernels, the torch operator
-      cpu_threads, cpu_dense, ops, additive, cuda_additive,   over them,
-      cuda_dense                                              and dense weights in the same step
+    tensor_files, formats, gemv_plans, cuda, ladder, cpu,     codebook weights, kernels, the torch operator
+      cpu_layout, cpu_threads, cpu_dense, ops, additive,      over them,
+      cuda_additive, cuda_dense                               and dense weights in the same step
     kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
     grids, kmeans, quantizers                                 how the values of a codebook are chosen

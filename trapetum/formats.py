@@ -22,15 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trapetum.tensor_files import FormatError, TensorFile, combined, digest, once, shown
+
 BITS = (2, 3, 4, 8)
 #: The (bits, codes) pairs that the workbook measures; any shorter codebook can be stored too.
 SCHEMES = {(8, 256), (8, 64), (4, 16), (3, 8), (2, 4)}
 _VERSION = 1
 _CHUNK_WEIGHTS = 1 << 24
-
-
-class FormatError(ValueError):
-    """Codebook weights, or a file of them, break the format; the message says where and what to do."""
 
 
 def _row_bytes(in_features: int, bits: int) -> int:
@@ -123,6 +121,16 @@ class CodebookWeight:
     def bits_per_weight(self) -> float:
         """Stored bits per weight, codebook and padding included."""
         return 8 * self.nbytes / (self.out_features * self.in_features)
+
+    def require_values(self) -> None:
+        """Refuse codebooks that are not finite, and codes beyond the codebook where the bits could hold such.
+
+        Raises:
+            FormatError: either of these.
+        """
+        _require_finite(self.codebook)
+        if self.n_codes < 2**self.bits:
+            _require_codes_in_range(self.indices(), self.n_codes)
 
     def indices(self) -> Tensor:
         """The codes, one a byte: uint8 [out_features, in_features]."""
@@ -242,10 +250,11 @@ def save(
     weights: Mapping[str, CodebookWeight],
     extra: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Write codebook weights to one safetensors file, which appears whole or not at all.
 
-    The weight `name` becomes the tensors `name.codes` and `name.codebook`; sizes and bits go into the header.
+    The weight `name` becomes the tensors `name.codes` and `name.codebook`; sizes, bits and the SHA-256 of every tensor
+    go into the header.
 
     Args:
         path: the file to write.
@@ -253,15 +262,18 @@ def save(
         extra: other tensors (biases, norms, embeddings), stored as they are.
         metadata: strings for the header.
 
+    Returns:
+        `tensor_files.combined` of the hashes.
+
     Raises:
         FormatError: two tensors would have one name, or the metadata are not strings.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
-    header = {"format": "pt", **(metadata or {})}
-    sizes = {name: {"in_features": w.in_features, "bits": w.bits} for name, w in weights.items()}
-    header["trapetum"] = json.dumps({"version": _VERSION, "weights": sizes}, sort_keys=True)
+    tensors = _tensors(weights, extra or {})
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
+    header = {"format": "pt", **(metadata or {}), "trapetum": _described(weights, digests)}
     wrong = [key for key, value in header.items() if not isinstance(value, str)]
     if wrong:
         raise FormatError(
@@ -269,54 +281,72 @@ def save(
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(_tensors(weights, extra or {}), str(temporary), metadata=header)
+        save_file(tensors, str(temporary), metadata=header)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return combined(digests)
 
 
-def _read(path: Path, device: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+def _described(weights: Mapping[str, CodebookWeight], digests: Mapping[str, str]) -> str:
+    sizes = {name: {"in_features": w.in_features, "bits": w.bits} for name, w in weights.items()}
+    return json.dumps({"version": _VERSION, "weights": sizes, "sha256": digests}, sort_keys=True)
 
-    if not path.is_file():
-        raise FormatError(f"{path} is not a file; give the path of a safetensors file written by trapetum.")
+
+class Described(NamedTuple):
+    """What the writer said about a file: sizes of codebook weights by name, and hashes by tensor (old files: None)."""
+
+    sizes: dict[str, dict[str, int]]
+    digests: dict[str, str] | None
+
+
+def described(file: TensorFile) -> Described | None:
+    """The `trapetum` entry of a file's header, or None where there is none (another program wrote the file).
+
+    Raises:
+        FormatError: the entry is damaged, or of another version of the format.
+    """
+    if "trapetum" not in file.metadata:
+        return None
     try:
-        with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except (SafetensorError, ValueError) as error:
+        header = json.loads(file.metadata["trapetum"], object_pairs_hook=once)
+        version, unknown = header["version"], header.keys() - {"version", "weights", "sha256"}
+        sizes = {name: _size(size) for name, size in header["weights"].items()}
+        digests = header.get("sha256")
+        damaged = unknown or (digests is not None and not _covers(digests, file))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
-            f"make it again."
-        ) from error
-
-
-def _sizes(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, int]]:
-    if "trapetum" not in metadata:
-        raise FormatError(f"{path} holds no trapetum weights; make it with `trapetum quantize`.")
-    try:
-        header = json.loads(metadata["trapetum"])
-        version = header["version"]
-        sizes = {
-            str(n): {k: int(s[k]) for k in ("in_features", "bits")} for n, s in header["weights"].items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FormatError(
-            f"{path} has a damaged trapetum header ({error!r}); quantize the model again."
+            f"{file.path} has a damaged trapetum header ({error!r}); quantize the model again."
         ) from error
     if version != _VERSION:
         raise FormatError(
-            f"{path} has format version {version}, this program reads {_VERSION}; quantize it again."
+            f"{file.path} has format version {str(version)[:20]}, this program reads {_VERSION}; quantize it again."
         )
-    return sizes
+    if damaged:
+        what = (
+            f"unknown field {shown(min(unknown))}" if unknown else "it must hold one SHA-256 for each tensor"
+        )
+        raise FormatError(f"{file.path} has a damaged trapetum header ({what}); quantize the model again.")
+    return Described(sizes, digests)
+
+
+def _size(size: dict) -> dict[str, int]:
+    found = {key: size[key] for key in ("in_features", "bits")}
+    if not all(type(value) is int for value in found.values()):
+        raise TypeError("in_features and bits must be whole numbers")
+    return found
+
+
+def _covers(digests: dict, file: TensorFile) -> bool:
+    good = all(isinstance(value, str) and len(value) == 64 for value in digests.values())
+    return good and digests.keys() == file.entries.keys()
 
 
 def _take(path: Path, name: str, tensors: dict[str, Tensor], size: dict[str, int]) -> CodebookWeight:
     try:
         codes, codebook = (tensors.pop(f"{name}.{part}") for part in ("codes", "codebook"))
         weight = CodebookWeight(codes, codebook, **size)
-        _require_finite(codebook)
-        if weight.n_codes < 2**weight.bits:
-            _require_codes_in_range(weight.indices(), weight.n_codes)
+        weight.require_values()
     except KeyError as error:
         raise FormatError(f"{path} lacks the tensor {error.args[0]}; quantize the model again.") from error
     except FormatError as error:
@@ -325,16 +355,21 @@ def _take(path: Path, name: str, tensors: dict[str, Tensor], size: dict[str, int
 
 
 def load(path: Path | str, device: str = "cpu") -> Archive:
-    """Read a file written by `save`, checking every shape, dtype and code.
+    """Read a file written by `save`, checking every hash, shape, dtype and code.
 
     Returns:
         the weights by name, the other tensors by name, and the metadata.
 
     Raises:
-        FormatError: missing, truncated or foreign file, or weights that break the format.
+        FormatError: missing, truncated, changed or foreign file, or weights that break the format.
     """
     path = Path(path)
-    tensors, metadata = _read(path, str(device))
-    sizes = _sizes(path, metadata)
-    weights = {name: _take(path, name, tensors, size) for name, size in sizes.items()}
-    return Archive(weights, tensors, {k: v for k, v in metadata.items() if k not in ("trapetum", "format")})
+    with TensorFile(path) as file:
+        found = described(file)
+        if found is None:
+            raise FormatError(f"{path} holds no trapetum weights; make it with `trapetum quantize`.")
+        digests = found.digests or {}
+        tensors = {name: file.read(name, digests.get(name)).to(device) for name in file.entries}
+    weights = {name: _take(path, name, tensors, size) for name, size in found.sizes.items()}
+    metadata = {k: v for k, v in file.metadata.items() if k not in ("trapetum", "format")}
+    return Archive(weights, tensors, metadata)
