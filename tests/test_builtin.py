@@ -182,6 +182,25 @@ def test_the_command_line_trains_writes_and_records(tmp_path, monkeypatch, capsy
     assert len(records.load(kept).records) == 4 and (folder / "model.safetensors").is_file()
 
 
+def test_the_larger_shape_trains_by_its_own_recipe(tmp_path, monkeypatch, capsys):
+    shape = MODELS["builtin-40m"]
+    assert 20e6 < shape.parameters < 60e6 and shape.vocab == MODELS["builtin"].vocab
+    chosen = {}
+
+    def train(out, recipe, shape, *more):
+        chosen.update(recipe=recipe, shape=shape)
+        raise SystemExit
+
+    monkeypatch.setattr(builtin, "train", train)
+    words = ["--out", str(tmp_path), "--shape", "builtin-40m", "--steps", "7"]
+    monkeypatch.setattr("sys.argv", ["builtin", *words])
+    with pytest.raises(SystemExit):
+        builtin.main()
+    assert chosen["shape"] == shape
+    assert chosen["recipe"] == replace(builtin.RECIPES["builtin-40m"], steps=7)
+    assert chosen["recipe"].dropout > Recipe().dropout
+
+
 def test_the_loss_figure_draws_the_log(trained):
     from trapetum.figures.training import losses
 

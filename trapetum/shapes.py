@@ -303,6 +303,10 @@ MODELS = {
             "builtin", 256, 7, 768, 8, 4, 4096, f"{_OURS}: the model in data/model",
             tied_embeddings=True, max_positions=512, norm_eps=1e-5,
         ),
+        _shape(
+            "builtin-40m", 512, 12, 1536, 8, 4, 4096, f"{_OURS}: python -m trapetum.builtin --shape builtin-40m",
+            tied_embeddings=True, max_positions=512, norm_eps=1e-5,
+        ),
     )
 }  # fmt: skip
 
