@@ -13,7 +13,7 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       cuda_additive, cuda_dense                               and dense weights in the same step
     kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
-    grids, kmeans, quantizers                                 how the values of a codebook are chosen
+    grids, kmeans, quantizers, additive_fit                   how the values of a codebook are chosen
     linear, swap, checkpoint, architectures, shards,          models with codebook layers:
       streaming, models, hf, register                         make, save, load
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
