@@ -10,7 +10,7 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       law_cards, pareto, records, machine                     none needs torch
     tensor_files, formats, gemv_plans, cuda, ladder, cpu,     codebook weights, kernels, the torch operator
       cpu_layout, cpu_threads, cpu_dense, ops, additive,      over them,
-      cuda_additive, cuda_dense                               and dense weights in the same step
+      cuda_additive, cuda_dense, sparse, sparse_product       and dense weights in the same step
     kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
     grids, kmeans, quantizers, additive_fit                   how the values of a codebook are chosen
