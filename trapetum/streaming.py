@@ -51,11 +51,14 @@ def require_streamable(spec: QuantizeSpec) -> None:
     Raises:
         ValueError: either of these.
     """
-    if spec.method in METHODS and METHODS[spec.method].needs_calibration:
-        free = [name for name, method in METHODS.items() if not method.needs_calibration]
+    method = METHODS.get(spec.method)
+    if method is not None and method.needs_calibration:
+        free = ", ".join(name for name, other in METHODS.items() if not other.needs_calibration)
+        why = "needs calibration on" if method.needs else "changes"
+        how = "give tokens (--calibrate, or quantize_model on the dense model)"
         raise ValueError(
-            f"method {spec.method!r} needs calibration on the whole model and cannot quantize while loading; give "
-            f"tokens (--calibrate, or quantize_model on the dense model), or use one of {', '.join(free)}."
+            f"method {spec.method!r} {why} the whole model and cannot quantize while loading; "
+            f"{how if method.needs else 'use quantize_model on the dense model'}, or use one of {free}."
         )
     quantize(torch.zeros(1, 1), spec.bits, spec.method, spec.n_codes)  # knows every rule of a scheme
 

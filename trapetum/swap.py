@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from trapetum.calibration import Statistics, made_of
 from trapetum.formats import CodebookWeight, pack
 from trapetum.linear import CodebookLinear
 from trapetum.quantizers import METHODS, quantize, weight_error
@@ -25,6 +26,10 @@ class Report:
         errors: relative squared weight error by layer name, ||W-Q||^2 / ||W||^2.
         seconds: wall time, calibration included.
         bits, n_codes, method: the scheme.
+        output_errors: relative squared error of the outputs over the calibration tokens by layer name,
+            trace(D H D^T) / trace(W H W^T) with D = W - Q and the plain Hessian H; empty without calibration.
+        objectives: what the method minimized, after each of its steps, by layer name, where it tells.
+        phases: seconds by phase of a calibrated run.
     """
 
     errors: dict[str, float]
@@ -32,11 +37,19 @@ class Report:
     bits: int
     n_codes: int
     method: str
+    output_errors: dict[str, float] = field(default_factory=dict)
+    objectives: dict[str, list[float]] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_error(self) -> float:
         """Mean of the layers' relative squared errors."""
         return sum(self.errors.values()) / len(self.errors)
+
+    @property
+    def mean_output_error(self) -> float | None:
+        """Mean of the layers' relative squared output errors, or None without calibration."""
+        return sum(self.output_errors.values()) / len(self.output_errors) if self.output_errors else None
 
 
 def linears(model: nn.Module, lm_head: bool = False) -> list[tuple[str, nn.Linear]]:
@@ -79,7 +92,7 @@ def quantized_layer(
     bits: int,
     method: str,
     n_codes: int | None,
-    input_weight: Tensor | None = None,
+    statistics: Statistics | None = None,
     name: str = "layer",
 ) -> tuple[CodebookLinear, float]:
     """The codebook layer of one dense weight, and its relative squared weight error.
@@ -87,63 +100,14 @@ def quantized_layer(
     Args:
         weight: floating [out_features, in_features].
         bias: [out_features], kept as it is, or None.
-        bits, method, n_codes, input_weight: as for `trapetum.quantizers.quantize`.
+        bits, method, n_codes, statistics: as for `trapetum.quantizers.quantize`.
         name: the layer, for an error.
 
     Raises:
         ValueError: as `trapetum.quantizers.quantize`.
     """
-    quantized = quantize(weight, bits, method, n_codes, input_weight=input_weight, name=f"{name}.weight")
+    quantized = quantize(weight, bits, method, n_codes, statistics, name=f"{name}.weight")
     return CodebookLinear.from_weight(quantized, bias), float(weight_error(weight, quantized))
-
-
-class _SecondMoments:
-    """Hooks that average x^2 per input feature of each linear layer over calibration tokens."""
-
-    def __init__(self, layers):
-        self._sums, self._rows = {}, {}
-        self._hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers]
-
-    def _hook(self, name):
-        def add(_, inputs):
-            rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            self._sums[name] = self._sums.get(name, 0.0) + rows.square().sum(0)
-            self._rows[name] = self._rows.get(name, 0) + len(rows)
-
-        return add
-
-    def take(self) -> dict[str, Tensor]:
-        for hook in self._hooks:
-            hook.remove()
-        return {name: total / self._rows[name] for name, total in self._sums.items()}
-
-
-def _calibrate(model, layers, calibration: Sequence[Tensor], progress: bool) -> dict[str, Tensor]:
-    moments = _SecondMoments(layers)
-    device = next(model.parameters()).device
-    try:
-        with torch.inference_mode():
-            for tokens in tqdm(calibration, desc="calibrate", disable=not progress):
-                model(torch.as_tensor(tokens, device=device).reshape(1, -1), use_cache=False)
-    finally:
-        found = moments.take()
-    return found
-
-
-def _input_weights(model, layers, method, calibration, progress) -> dict[str, Tensor]:
-    if not METHODS[method].needs_calibration:
-        return {}
-    if not calibration:
-        raise ValueError(
-            f"method {method!r} weighs each input by its mean square, so it needs calibration tokens; "
-            f"pass calibration=[token rows], or use method 'kmeans', which needs none."
-        )
-    return _calibrate(model, layers, calibration, progress)
-
-
-def _require_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"no quantization method {method!r}; choose one of {', '.join(METHODS)}.")
 
 
 @torch.no_grad()
@@ -170,23 +134,34 @@ def quantize_model(
     Raises:
         ValueError: unknown method, missing calibration, nothing to quantize, or a weight that is NaN or infinite (by name).
     """
-    _require_method(method)
+    known = METHODS.get(method)
+    if known is not None and known.needs_calibration:
+        from trapetum.quantizing import quantize_calibrated  # which is made of this module
+
+        tokens = made_of(calibration) if known.needs and calibration else None
+        return quantize_calibrated(model, bits, method, tokens, n_codes, lm_head, progress)
     start, layers, errors = time.perf_counter(), linears(model, lm_head), {}
     if not layers:
         raise ValueError("the model has no dense linear layers left to quantize; load the dense checkpoint.")
-    moments = _input_weights(model, layers, method, calibration, progress)
     for name, layer in tqdm(layers, desc=f"quantize to {bits} bits", unit="layer", disable=not progress):
         made, errors[name] = quantized_layer(
-            layer.weight.detach(), _bias(layer), bits, method, n_codes, moments.get(name), name
+            layer.weight.detach(), _bias(layer), bits, method, n_codes, name=name
         )
         replace(model, name, made)
     note_method(model, method)
     return Report(errors, time.perf_counter() - start, bits, n_codes or 2**bits, method)
 
 
-def note_method(model: nn.Module, method: str) -> None:
-    """Remember the method for `models.save`, on the model, where the codes are."""
+def note_method(model: nn.Module, method: str, described: dict | None = None) -> None:
+    """Remember the method for `models.save`, on the model, where the codes are.
+
+    Args:
+        model: quantized.
+        method: its name.
+        described: how the codes were made, as JSON holds it: calibration, seed, versions.
+    """
     model.trapetum_method = method
+    model.trapetum_quantization = described or {"method": method}
 
 
 def _normal_quantiles(n_codes: int) -> Tensor:
