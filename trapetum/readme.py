@@ -183,6 +183,10 @@ _TURNS = (
 _STANDALONE = (
     "**Without Python**: the exported C++ program and the Python engine, in turns, on the same step:"
 )
+_ONE_KERNEL = (
+    "**One kernel a token**, the `persistent` stage: nothing but a token's reads, in one cooperative kernel with a barrier "
+    "between its phases and in chains of kernels. The stage would be kept if it won by 5 %:"
+)
 _AGREEMENT = (
     "**Against transformers**: greedy tokens and logits beside those of transformers on the dequantized weights in the "
     "same dtype. A near-tie is a place where the two tokens' logits lie closer together than the logits of the two "
@@ -199,6 +203,7 @@ TABLES: dict[str, Table] = {
     "peers": _on(None, readme_decode.peers, _PEERS),
     "turns": _on(False, readme_decode.turns, _TURNS),
     "standalone": _on(True, readme_decode.standalone, _STANDALONE),
+    "one-kernel": _on(True, readme_decode.one_kernel, _ONE_KERNEL),
     "agreement": _on(None, readme_decode.agreement, _AGREEMENT),
     "waterfall": waterfall_pictures,
     "accuracy": _on(False, accuracy),

@@ -219,7 +219,7 @@ def peers(records: Sequence[Record]) -> str:
     own = [r for r in longest(plain(records)) if usual(r) and r.config["model"] == model]
     last = max(map(stage_number, own), default=-1)
     own = [r for r in own if stage_number(r) == last]
-    ours = max((r for r in own if r.method == "codebook"), key=lambda r: r.value, default=None)
+    ours = _plain_head(own)
     rows = [_peer_row(r, ours, records) for r in sorted([*longest(theirs), *own], key=lambda r: r.value)]
     header = [
         "",
@@ -234,6 +234,13 @@ def peers(records: Sequence[Record]) -> str:
     measured = {r.method for r in theirs}
     said = [f"{r.method}: {r.config['error']}" for r in refused if r.method not in measured]
     return filled([*header, "codebook over it"], rows) + notes(said)
+
+
+def _plain_head(own: Iterable[Record]) -> Record | None:
+    """The fastest codebook decode whose head is dense, as the peers' heads are; any, where there is no such."""
+    coded = [r for r in own if r.method == "codebook"]
+    alike = [r for r in coded if r.config.get("lm_head") != "codebook"]
+    return max(alike or coded, key=lambda r: r.value, default=None)
 
 
 def _peers(records: Iterable[Record], quantity: str) -> list[Record]:
@@ -253,7 +260,7 @@ def _peer_row(r: Record, ours: Record | None, records: Sequence[Record]) -> list
         cited(beside(r, records, "time_to_first_token")),
         cited(beside(r, records, "decode_memory")),
         cited(beside(r, records, "model_memory")),
-        ratio(ours, r) if ours and ours is not r and as_long(ours, r) else "",
+        ratio(ours, r) if ours and r.method != "codebook" and as_long(ours, r) else "",
     ]
 
 
@@ -297,6 +304,20 @@ def standalone(records: Sequence[Record]) -> str:
         )
     header = ["", "tokens", "Python, tok/s", "C++, tok/s", "C++ over Python", "share of equal tokens"]
     return filled(header, rows)
+
+
+# One kernel a token
+
+
+def one_kernel(records: Sequence[Record]) -> str:
+    """The bare reads of a token as one persistent kernel and as chains of kernels."""
+    rows = []
+    for r in rec.select(records, quantity="token_floor"):
+        chain = one(records, "token_floor", model=r.config["model"], way="pdl chain")
+        words = [name_of(r.config["model"]), r.config["way"]]
+        gain = ratio(chain, r) if r.config["bytes"] and r is not chain else ""
+        rows.append([", ".join(words), str(r.config["context"]), cited(r), gain])
+    return filled(["", "cached tokens", "us", "over the pdl chain"], rows)
 
 
 # Against transformers' tokens

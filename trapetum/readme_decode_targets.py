@@ -17,8 +17,8 @@ _WHY = {
     "int8 cache over fp16 cache, 4096 tokens": "by less than a percent; the weights outweigh the cache at this length",
     "int8 cache over fp16 cache, 16384 tokens": "unpacking the codes takes more instructions than memory gives time for",
     "int4 cache over fp16 cache, 16384 tokens": "unpacking the codes takes more instructions than memory gives time for",
-    "peak memory of the 512 tokens, GB": "embedding, head and cache are fp16, and earlier stages' workspaces are counted; with codes "
-    "in the head or a quantized cache it is less (below)",
+    "peak memory of the 512 tokens, GB": "embedding, head and cache are fp16; with codes in the head it is less (below)",
+    "J/token, own fp16 over 4-bit, gross": "fp16 draws less power at the slower graph stage; pdl over pdl meets it (below)",
 }
 
 
@@ -50,6 +50,14 @@ def _published(published: Sequence[Record]) -> Record | None:
         published, quantity="decode_speed", method="gpt-fast", model="llama-2-7b", bits=4, kind="published"
     )
     return next((r for r in found if "H100" in r.device.get("name", "")), None)
+
+
+def _peer(records: Sequence[Record], ours: Record) -> Record | None:
+    """The fastest decode of the model by other people's code, as long as `ours`."""
+    from trapetum.bench.decode_peers import PEERS
+
+    found = rec.select(records, quantity="decode_speed", method=PEERS, model=MODEL)
+    return max((r for r in found if as_long(r, ours)), key=lambda r: r.value, default=None)
 
 
 def _bound(records: Sequence[Record], ours: Record) -> Case | None:
@@ -115,6 +123,7 @@ def h100(records: Sequence[Record], published: Sequence[Record] = ()) -> list[Ta
     ours = _fastest(records)
     where = _where(ours) if ours else ""
     graph, int4 = (_graph(records, ours), _published(published)) if ours else (None, None)
+    peer = _peer(records, ours) if ours else None
     held = beside(ours, records, "decode_memory") if ours else None
     speed = Case(ours, None, where) if ours else None
     share = _bound(records, ours) if ours else None
@@ -122,6 +131,7 @@ def h100(records: Sequence[Record], published: Sequence[Record] = ()) -> list[Ta
         ("decode, 4-bit, 512 tokens, tok/s", 480, speed, "goal 600, stretch 700"),
         ("the same over own fp16 graph", 2.7, over(ours, graph, where), ""),
         ("the same over gpt-fast int4 (published)", 1.45, over(ours, int4, where), ""),
+        ("the same over the fastest peer run here", 2, over(ours, peer, peer.method if peer else ""), ""),
         ("the same, share of the byte bound", 0.55, share, "goal 0.7"),
         ("each stage over the one before, 4-bit", 1, _each_stage(records), ""),
         ("J/token, own fp16 over 4-bit, gross", 2.5, _energy(records), "goal 3"),
