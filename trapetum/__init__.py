@@ -14,9 +14,9 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
     grids, kmeans, quantizers, additive_fit                   how the values of a codebook are chosen
-    linear, swap, checkpoint, architectures, shards,          models with codebook layers:
-      streaming, models, hf, register,                        make, save, load,
-      blocks, hessians, partial, quantizing                   calibrate
+    linear, additive_linear, swap, checkpoint,                models with codebook layers:
+      architectures, shards, streaming, models, hf, register, make, save, load,
+      blocks, hessians, partial, quantizing, quantize_job     calibrate
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
       decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python
     perplexity, training_text, pretraining, trained,          how well a model predicts a text, and the model

@@ -129,23 +129,35 @@ class AdditiveWeight:
 
         The sum and the scale are computed in float32, or in float64 for a float64 result, and rounded once.
         """
-        dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        vectors = self.codebooks.to(wide)
-        rows = max(1, _CHUNK_WEIGHTS // self.in_features)
-        for start in range(0, self.out_features, rows):
-            part = slice(start, start + rows)
-            codes = self.codes[part].long()
-            total = vectors[0][codes[..., 0]]
-            for c in range(1, self.n_codebooks):
-                total += vectors[c][codes[..., c]]
-            dense[part] = total.flatten(1).mul_(self.scales[part].to(wide).unsqueeze(1))
-        return dense
+        return dequantized(self.codes, self.codebooks, self.scales, dtype)
 
     def to(self, device: torch.device | str) -> "AdditiveWeight":
         """The same weight with its tensors on `device`."""
         bias = None if self.bias is None else self.bias.to(device)
         return AdditiveWeight(self.codes.to(device), self.codebooks.to(device), self.scales.to(device), bias)
+
+
+def dequantized(codes: Tensor, codebooks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense weight of the tensors of an `AdditiveWeight`, which this takes to be checked: it never waits for a GPU.
+
+    The sum and the scale are computed in float32, or in float64 for a float64 result, and rounded once.
+
+    Returns:
+        [out_features, in_features] in `dtype`, on the codes' device.
+    """
+    out_features, in_features = codes.shape[0], codes.shape[1] * GROUP
+    dense = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    vectors = codebooks.to(wide)
+    rows = max(1, _CHUNK_WEIGHTS // in_features)
+    for start in range(0, out_features, rows):
+        part = slice(start, start + rows)
+        chosen = codes[part].long()
+        total = vectors[0][chosen[..., 0]]
+        for c in range(1, len(codebooks)):
+            total += vectors[c][chosen[..., c]]
+        dense[part] = total.flatten(1).mul_(scales[part].to(wide).unsqueeze(1))
+    return dense
 
 
 def random(

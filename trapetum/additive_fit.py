@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trapetum.additive import ENTRIES, GROUP, N_CODEBOOKS, AdditiveWeight
+from trapetum.additive import ENTRIES, GROUP, N_CODEBOOKS, AdditiveWeight, dequantized
 
 ITERATIONS, BEAM = 4, 8
 RIDGE = 0.01  # of the mean diagonal of H: as GPTQ dampens it
@@ -512,3 +512,26 @@ def fit(
         _improve(problem, beam)
     stored = _rounded(problem, beam, name)
     return Fitted(stored, problem.log, problem.objective())
+
+
+def weight_error(weight: Tensor, quantized: AdditiveWeight) -> float:
+    """Relative squared error ||W - Q||^2 / ||W||^2 in float64, as `trapetum.quantizers.weight_error` of codebook weights.
+
+    Raises:
+        AdditiveFitError: the shapes differ.
+    """
+    if tuple(weight.shape) != (quantized.out_features, quantized.in_features):
+        raise AdditiveFitError(
+            f"the weight is {list(weight.shape)}, the quantized one [{quantized.out_features}, {quantized.in_features}]; "
+            "compare the same layer."
+        )
+    lost = total = 0.0
+    step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        dense = weight[rows].detach().double()
+        restored = dequantized(
+            quantized.codes[rows], quantized.codebooks, quantized.scales[rows], torch.float64
+        )
+        lost, total = lost + float((dense - restored).square().sum()), total + float(dense.square().sum())
+    return lost / total if total else (float("inf") if lost else 0.0)

@@ -29,7 +29,7 @@ from trapetum.kv_cache import KINDS
 from trapetum.llama_step import UnsupportedModel, activation_dtype
 from trapetum.memory import memory_estimate
 from trapetum.models import Loaded
-from trapetum.swap import codebook_layers
+from trapetum.swap import coded_layers
 
 STAGES = ("naive", "cast_free", "graph", "fused", "pdl")
 FUSED_STAGES = ("fused", "pdl")
@@ -180,7 +180,7 @@ class Engine:
 
     def _needed(self, prompt: int) -> tuple[int, int]:
         """Estimated bytes of the cache, and of what else is needed beside the weights."""
-        bits = [layer.bits for _, layer in codebook_layers(self.model)]
+        bits = [layer.bits for _, layer in coded_layers(self.model)]
         shape, bits = shape_of(self.model.config, "this model"), min(bits, default=None)
         parts = memory_estimate(shape, bits, self.max_context, self.kv, rows=self.rows, prompt=prompt)
         wide = activation_dtype(self.model).itemsize // 2  # the estimate is of 16-bit activations

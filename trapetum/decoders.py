@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trapetum.fused_step import PARTS, FusedStep
-from trapetum.linear import CodebookLinear
 from trapetum.llama_step import Live, LlamaStep, Padded, activation_dtype
-from trapetum.swap import codebook_layers
+from trapetum.swap import CODED, coded_layers
 
 _SMALLEST_BUCKET = 128
 _WARM_UPS = 3
@@ -27,7 +26,7 @@ class TreeDecoder:
     def __init__(self, model: nn.Module, casts: bool, max_context: int):
         self._model, self._casts, self._max_context = model, casts, max_context
         self._device = model.get_input_embeddings().weight.device
-        self._codebooks = [layer for _, layer in codebook_layers(model)]
+        self._codebooks = [layer for _, layer in coded_layers(model)]
         self._growing = casts or self._device.type == "cpu"
         self.parts = ("linears", "casts") if casts and self._codebooks else ("linears",)
 
@@ -89,7 +88,7 @@ class TreeDecoder:
 
     def _muted(self) -> list:
         """Let every linear layer return zeros that exist already; the layers."""
-        layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | CodebookLinear)]
+        layers = [m for m in self._model.modules() if isinstance(m, (nn.Linear, *CODED))]
         dtype = activation_dtype(self._model)
         for layer in layers:
             zeros = torch.zeros(layer.out_features, dtype=dtype, device=self._device)

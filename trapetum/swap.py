@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from trapetum.additive_linear import AdditiveLinear
 from trapetum.calibration import Statistics, made_of
 from trapetum.formats import CodebookWeight, pack
 from trapetum.linear import CodebookLinear
 from trapetum.quantizers import METHODS, quantize, weight_error
 
 HEAD = "lm_head"
+#: The layers that hold codes: with one codebook per output channel, and with additive ones.
+CODED = (CodebookLinear, AdditiveLinear)
 _RANDOM_STD = 0.02
 
 
@@ -63,15 +66,25 @@ def codebook_layers(model: nn.Module) -> list[tuple[str, CodebookLinear]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, CodebookLinear)]
 
 
+def additive_layers(model: nn.Module) -> list[tuple[str, AdditiveLinear]]:
+    """The additive layers of `model` by name, in order."""
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, AdditiveLinear)]
+
+
+def coded_layers(model: nn.Module) -> list[tuple[str, CodebookLinear | AdditiveLinear]]:
+    """The layers of `model` that hold codes of either kind, by name, in order."""
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, CODED)]
+
+
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any layer of `model` is a `CodebookLinear`."""
-    return any(isinstance(layer, CodebookLinear) for layer in model.modules())
+    """Whether any layer of `model` holds codes."""
+    return any(isinstance(layer, CODED) for layer in model.modules())
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all distinct parameters and codebook weights; a tied embedding counts once, rope tables do not."""
     tensors = list(model.parameters())
-    for _, layer in codebook_layers(model):
+    for _, layer in coded_layers(model):
         tensors += [tensor for tensor in layer.buffers()]
     return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
 
@@ -220,7 +233,7 @@ def randomize_codes(
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace each `CodebookLinear` by the `nn.Linear` with the same values, in place: the dense twin.
+    """Replace each layer of codes by the `nn.Linear` with the same values, in place: the dense twin.
 
     Args:
         model: a quantized model.
@@ -230,12 +243,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         the same model.
     """
     dtype = dtype or next(model.parameters()).dtype
-    for name, layer in codebook_layers(model):
+    for name, layer in coded_layers(model):
         replace(model, name, _dense(layer, dtype))
     return model
 
 
-def _dense(layer: CodebookLinear, dtype: torch.dtype) -> nn.Linear:
+def _dense(layer: CodebookLinear | AdditiveLinear, dtype: torch.dtype) -> nn.Linear:
     has_bias = layer.bias is not None
     dense = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
     dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
