@@ -20,6 +20,7 @@ from trapetum import cuda_attention, cuda_token
 from trapetum.cuda_attention import Attention, Heads
 from trapetum.kv_cache import KvCache
 from trapetum.llama_step import LlamaStep, UnsupportedModel
+from trapetum.projection import WithOutliers
 
 PARTS = ("linears", "attention", "norms", "sampling")
 _WARPS, _WARPS_LONG, _LONG = (
@@ -32,6 +33,10 @@ _WARPS, _WARPS_LONG, _LONG = (
 def _require_kernels(llama: LlamaStep, rows: int) -> None:
     layers = llama.layers
     products = [p for layer in layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    if any(isinstance(product, WithOutliers) for product in [*products, llama.head]):
+        raise UnsupportedModel(
+            "the fused step has no kernel for outliers kept apart in fp16; use the stage graph."
+        )
     if not all(hasattr(product, "launch") for product in [*products, llama.head]):
         raise UnsupportedModel(
             "some layers cannot be stacked (their output sizes are no multiples of 32) or have weights of another kind, which "

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trapetum import cpu, cuda, cuda_dense, ops
+from trapetum import cpu, cuda, cuda_dense, ops, sparse, sparse_product
 from trapetum.cpu_layout import tile_rows
 from trapetum.linear import CodebookLinear
+from trapetum.sparse import Outliers
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:
@@ -127,8 +128,16 @@ class Codebook:
         """[rows, in_features] to [rows, out_features]."""
         if x.is_cuda and len(x) <= cuda.MAX_ROWS:
             return self(x)
-        weight = ops.dequantize(self._codes, self._codebook, self._in, self._bits, self._dtype)
-        return F.linear(x, weight, self._bias)
+        return F.linear(x, self.dense(), self.bias)
+
+    def dense(self) -> Tensor:
+        """W [out_features, in_features] in the dtype of x and y."""
+        return ops.dequantize(self._codes, self._codebook, self._in, self._bits, self._dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features] in the dtype of x and y."""
+        return self._bias
 
     def launch(self, x: Tensor, out: Tensor, pdl: bool = False, **fused) -> None:
         """One kernel of this package on CUDA: x [rows, in_features] into `out`; `fused` as for `cuda.gemv`."""
@@ -153,6 +162,45 @@ class CodebookCpu(Codebook):
         """[1, in_features] to [1, out_features], valid until the next call."""
         cpu.gemv(x, self._codes, self._codebook, self._in, self._bits, bias=self._bias, out=self._row)
         return self._out
+
+
+class WithOutliers:
+    """A codebook product with what its layers keep apart added to it; without `launch`, so not for the fused step."""
+
+    def __init__(self, layers: Sequence[CodebookLinear], dtype: torch.dtype):
+        self._product = _by_codes(layers, dtype)
+        self._outliers = _stacked_outliers(layers)
+        self._add = self._add_row if isinstance(self._product, CodebookCpu) else sparse_product.add
+        self.out_features = self._product.out_features
+
+    @staticmethod
+    def _add_row(y: Tensor, x: Tensor, s: Outliers) -> Tensor:
+        return sparse_product.add_row(y, x.contiguous(), s.values, s.columns, s.starts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[1, in_features] to [1, out_features], on the CPU valid until the next call; on CUDA up to `cuda.MAX_ROWS` rows."""
+        return self._add(self._product(x), x, self._outliers)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        if x.is_cuda and len(x) <= cuda.MAX_ROWS:
+            return self(x)
+        return F.linear(x, self._outliers.add_to(self._product.dense()), self._product.bias)
+
+
+def _stacked_outliers(layers: Sequence[CodebookLinear]) -> Outliers:
+    """Those of the stacked matrix; values and columns of the layers become views of its own."""
+    every = [layer.outliers for layer in layers]
+    if len(every) == 1:
+        return every[0]
+    values, columns = [o.values for o in every], [o.columns for o in every]
+    stacked = (
+        stack(values),
+        stack([c.view(torch.uint8) for c in columns]).view(columns[0].dtype),
+    )  # bytes stack anywhere
+    for layer, v, c in zip(layers, _views(stacked[0], values), _views(stacked[1], columns), strict=True):
+        layer.outlier_values, layer.outlier_columns = v, c
+    return sparse.joined(*stacked, [o.starts for o in every], every[0].in_features)
 
 
 class Apart:
@@ -201,7 +249,8 @@ def _stackable(layers) -> bool:
     if not isinstance(layers[0], CodebookLinear):
         return True
     rows = _tile_rows(layers[0])
-    if len({(layer.bits, layer.n_codes) for layer in layers}) > 1 or rows is None:
+    schemes = {(layer.bits, layer.n_codes, bool(layer.outlier_share)) for layer in layers}
+    if len(schemes) > 1 or rows is None:
         return False
     return all(layer.out_features % rows == 0 for layer in layers)
 
@@ -223,6 +272,10 @@ def project(layers: Sequence[nn.Module], dtype: torch.dtype):
         return layers[0].projection(layers, dtype)
     if not isinstance(layers[0], CodebookLinear):
         return Dense(layers, dtype)
+    return (WithOutliers if layers[0].outlier_share else _by_codes)(layers, dtype)
+
+
+def _by_codes(layers: Sequence[CodebookLinear], dtype: torch.dtype) -> Codebook:
     if layers[0].codes.is_cuda or dtype != torch.float32:
         return Codebook(layers, dtype)
     return CodebookCpu(layers, dtype)

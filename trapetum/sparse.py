@@ -9,7 +9,7 @@ most. The codebook is fitted to the matrix with zeros in the outliers' places.
 Source: Kim et al., "SqueezeLLM: Dense-and-Sparse Quantization", arXiv:2306.07629 (2023), section 4.2. It keeps 0.45 % apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +168,33 @@ class Outliers:
         wide = torch.promote_types(dense.dtype, torch.float32)
         flat[places] = (flat[places].to(wide) + self.values.to(wide)).to(dense.dtype)
         return dense
+
+
+def empty(
+    share: float, out_features: int, in_features: int, device: torch.device | str | None = None
+) -> Outliers:
+    """Outliers of a matrix with nothing in them yet: zeros, to be read from a file."""
+    entries = count(share, out_features, in_features)
+    values = torch.zeros(entries, dtype=torch.float16, device=device)
+    columns = torch.zeros(entries, dtype=column_dtype(in_features), device=device)
+    starts = torch.zeros(out_features + 1, dtype=torch.int32, device=device)
+    return Outliers(values, columns, starts, in_features, share)
+
+
+def joined(values: Tensor, columns: Tensor, starts: Sequence[Tensor], in_features: int) -> Outliers:
+    """Outliers of several matrices of one in_features, one below the other.
+
+    Args:
+        values, columns: of all, one matrix after the other.
+        starts: row starts of each.
+        in_features: columns.
+    """
+    rows, before = [starts[0][:1]], 0
+    for one in starts:
+        rows.append(one[1:] + before)
+        before += int(one[-1])
+    every = torch.cat(rows)
+    return Outliers(values, columns, every, in_features, len(values) / ((len(every) - 1) * in_features))
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _add_meta(y, x, values, columns, starts):
 _LIBRARY.impl("sparse_add_", _add_cuda, "CUDA")
 _LIBRARY.impl("sparse_add_", _add_cpu, "CPU")
 _LIBRARY.impl("sparse_add_", _add_meta, "Meta")
-_sparse_add_ = torch.ops.trapetum.sparse_add_.default
+sparse_add_ = torch.ops.trapetum.sparse_add_.default
 
 
 def add(y: Tensor, x: Tensor, outliers: Outliers) -> Tensor:
@@ -184,7 +184,7 @@ def add(y: Tensor, x: Tensor, outliers: Outliers) -> Tensor:
     """
     if x.shape[-1] != outliers.in_features:
         raise ValueError(f"x has {x.shape[-1]} inputs a row, and the outliers are of {outliers.in_features}.")
-    _sparse_add_(y, x, outliers.values, outliers.columns, outliers.starts)
+    sparse_add_(y, x, outliers.values, outliers.columns, outliers.starts)
     return y
 
 
