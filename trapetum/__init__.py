@@ -19,8 +19,8 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       blocks, hessians, partial, quantizing, quantize_job     calibrate
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
       decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python
-    perplexity, training_text, pretraining, trained,          how well a model predicts a text, and the model
-      builtin                                                 trained on texts
+    perplexity, layer_error, training_text, pretraining,      how well a model predicts a text, and the model
+      trained, builtin                                        trained on texts
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
     figures, widgets, workbook, walk, claims                  what a notebook shows
     html, report, readme_cells, readme_targets,               the report, the README and its tables,

@@ -543,6 +543,69 @@ def agreement(
     _print_records(found, json_output, save)
 
 
+LADDER = ("rtn", "rtn-128", "nf4", "lloyd", "kmeans", "kmeans-weighted", "awq", "rotation", "gptq-codebook", "lnq") + (
+    "lnq-guided", "kmeans+sparse", "lnq-guided+sparse", "additive"
+)  # fmt: skip
+
+
+@_command(bench_app, "trapetum bench accuracy --method kmeans --method lnq-guided --bits 4 --stress")
+def accuracy(
+    model: Annotated[
+        str, typer.Option(help="builtin, a hub id or a directory; it needs a tokenizer.")
+    ] = "builtin",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", help="May be repeated; METHOD+sparse keeps outliers apart. Default: the ladder."
+        ),
+    ] = None,
+    bits: Bits = None,
+    text: Annotated[str, typer.Option(help="What is scored: a file, a dataset, or builtin.")] = "builtin",
+    calibrate: Annotated[
+        str | None, typer.Option(help="Text to calibrate on; default other documents than the scored ones.")
+    ] = None,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Fold outlier channels into the weights first.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Calibrations of each method.")] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens a forward pass sees.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of the text.")] = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Score every method of the accuracy ladder on one model: perplexity, divergence, errors, bits a weight.
+
+    Records are saved rung by rung, so that a run that is stopped keeps what it has.
+    """
+    from trapetum import bench, records
+
+    found: list = []
+    steps = bench.accuracy_by_rung(
+        model,
+        device,
+        method or LADDER,
+        bits or (4, 3, 2),
+        profile,
+        text,
+        stress,
+        seeds,
+        window,
+        stride,
+        tokens,
+        calibrate,
+    )
+    for rows in steps:
+        found += rows
+        if save:
+            records.append(save, rows)
+        score = next(r for r in rows if r.quantity == "perplexity")
+        _tell(f"{score.method}, {score.config['bits']} bits: perplexity {score.value:.4f}")
+    _print_records(found, json_output, None)
+
+
 @_command(bench_app, "trapetum bench breakdown --model random:llama-2-7b --stage graph")
 def breakdown(
     model: DecodeModel = None,

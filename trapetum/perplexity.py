@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-_LOGITS_AT_ONCE = 2**26
+_LOGITS_AT_ONCE = 2**26  # 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,28 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def _losses(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods [batch, n - 1] in float64, 0 where nothing is scored."""
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view_as(mask).double().masked_fill(~mask, 0)
+
+
+class _Windows:
+    """Sums over windows as they are scored."""
+
+    def __init__(self, window: int, stride: int):
+        self.window, self.stride, self.nll, self.counts = window, stride, [], []
+
+    def add(self, losses: torch.Tensor, mask: torch.Tensor) -> None:
+        self.nll += losses.sum(1).tolist()
+        self.counts += mask.sum(1).tolist()
+
+    def done(self) -> Perplexity:
+        nll, counts, total = tuple(self.nll), tuple(self.counts), sum(self.counts)
+        interval = bootstrap_interval(np.array(nll), np.array(counts))
+        return Perplexity(math.exp(sum(nll) / total), self.window, self.stride, total, nll, counts, interval)
+
+
 @torch.inference_mode()
 def perplexity(
     model,
@@ -155,19 +177,13 @@ def perplexity(
     Source: the strided evaluation of the transformers documentation ("Perplexity of fixed-length models").
     """
     tokens, batch = _prepare(model, tokens, window, max_tokens, batch)
-    device, nll, counts = next(model.parameters()).device, [], []
+    device, found = next(model.parameters()).device, _Windows(window, stride)
     for ids, mask in _batches(tokens, window, stride, batch):
         ids, mask = ids.to(device), mask.to(device)
-        losses = F.cross_entropy(_logits(model, ids).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        losses = losses.view_as(mask).double().masked_fill(~mask, 0)
-        nll += losses.sum(1).tolist()
-        counts += mask.sum(1).tolist()
-    total = sum(counts)
-    interval = bootstrap_interval(np.array(nll), np.array(counts))
-    return Perplexity(math.exp(sum(nll) / total), window, stride, total, tuple(nll), tuple(counts), interval)
+        found.add(_losses(_logits(model, ids), ids, mask), mask)
+    return found.done()
 
 
-@torch.inference_mode()
 def divergence(
     reference, model, tokens, window: int = 512, stride: int = 512, max_tokens: int | None = None, batch=None
 ) -> Divergence:
@@ -183,19 +199,32 @@ def divergence(
     Raises:
         ValueError: as in `perplexity`, or the vocabularies differ.
     """
+    return against(reference, model, tokens, window, stride, max_tokens, batch)[1]
+
+
+@torch.inference_mode()
+def against(
+    reference, model, tokens, window: int = 512, stride: int = 512, max_tokens: int | None = None, batch=None
+) -> tuple[Perplexity, Divergence]:
+    """`perplexity` of `model` and its `divergence` from `reference` in one pass over the text; arguments as there.
+
+    Raises:
+        ValueError: as `divergence`.
+    """
     sizes = reference.config.vocab_size, model.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the vocabularies differ ({sizes[0]} and {sizes[1]} tokens); compare like with like."
         )
     tokens, batch = _prepare(reference, tokens, window, max_tokens, batch)
-    devices = [next(m.parameters()).device for m in (reference, model)]
-    kl = same = total = 0.0
+    here, there = (next(m.parameters()).device for m in (reference, model))
+    found, kl, same = _Windows(window, stride), 0.0, 0.0
     for ids, mask in _batches(tokens, window, stride, batch):
-        p = _logits(reference, ids.to(devices[0])).log_softmax(-1)
-        q = _logits(model, ids.to(devices[1])).log_softmax(-1).to(devices[0])
-        mask = mask.to(devices[0])
+        ids, mask = ids.to(here), mask.to(here)
+        logits = _logits(model, ids.to(there)).to(here)
+        found.add(_losses(logits, ids, mask), mask)
+        p, q = _logits(reference, ids).log_softmax(-1), logits.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum(-1).double()[mask].sum())
         same += float((p.argmax(-1) == q.argmax(-1))[mask].sum())
-        total += int(mask.sum())
-    return Divergence(kl / total, same / total, window, stride, int(total))
+    total = sum(found.counts)
+    return found.done(), Divergence(kl / total, same / total, window, stride, total)

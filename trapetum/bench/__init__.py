@@ -14,10 +14,11 @@ decode_peers decodes by other people's code            transformers_decoding, to
 decode_interleaved   in turns with transformers, on a CPU
 contexts     speed and memory against the context      agreement   tokens and logits beside transformers'
 breakdown    a token's time, part by part              launches    what a launch costs, and how many there are
-standalone   the C++ program beside the Python engine  accuracy    perplexity and weight error
+standalone   the C++ program beside the Python engine  accuracy    the ladder of methods
+accuracy_rungs   what each of them does to a model
 """
 
-from trapetum.bench.accuracy import perplexity, weight_error
+from trapetum.bench.accuracy import accuracy, accuracy_by_rung, weight_error
 from trapetum.bench.agreement import agreement
 from trapetum.bench.batch import small_batches
 from trapetum.bench.breakdown import breakdown
@@ -39,6 +40,8 @@ __all__ = [
     "PEERS",
     "PROFILES",
     "Sizes",
+    "accuracy",
+    "accuracy_by_rung",
     "agreement",
     "bandwidth",
     "breakdown",
@@ -55,7 +58,6 @@ __all__ = [
     "ladder",
     "ladder_instructions",
     "methods_on",
-    "perplexity",
     "profile_kernel",
     "shapes_of",
     "sizes",
