@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from trapetum.calibration import Statistics
-from trapetum.quantizers import METHODS, NF4, group_rtn, quantize, row_groups, weight_error
+from trapetum.quantizers import METHODS, NF4, group_rtn, quantize, require_scheme, row_groups, weight_error
 
-NEAREST = [m for m in METHODS if m not in ("lnq", "lnq-guided", "gptq-codebook")]
+NEAREST = [m for m in METHODS if m not in ("lnq", "lnq-guided", "gptq-codebook", "additive")]
 
 
 def heavy_tailed(out_features=24, in_features=200):
@@ -207,6 +207,7 @@ def test_needs_and_transforms_are_known_words():
         "nf4",
         "lloyd",
         "kmeans",
+        "additive",
     }
 
 
@@ -249,3 +250,18 @@ def test_gpu_gives_the_same_quality(method):
     assert there.codes.is_cuda
     rel = 2e-2 if METHODS[method].needs_hessian else 2e-3
     assert weight_error(weight.cuda(), there) == pytest.approx(weight_error(weight, here), rel=rel)
+
+
+def test_a_scheme_is_known_before_a_weight_is():
+    assert require_scheme(4, "kmeans") == 16 and require_scheme(4, "kmeans", 9) == 9
+    assert require_scheme(2, "additive") == require_scheme(4, "additive", 256) == 256
+    refused = {(3, "additive", None): "makes 2, 4", (2, "additive", 4): "additive codebooks have 256 entries"}
+    refused |= {(4, "nf4", 8): "nf4 has 16 codes", (4, "none", None): "no quantization method 'none'"}
+    for scheme, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            require_scheme(*scheme)
+
+
+def test_additive_codebooks_are_not_codes_of_one_channel():
+    with pytest.raises(ValueError, match="use trapetum.additive_fit.fit, or quantize a model"):
+        quantize(torch.ones(2, 8), 2, "additive")

@@ -37,6 +37,8 @@ NF4 = (
     1.0,
 )
 LLOYD_STEPS = 12
+#: The method whose weights are `trapetum.additive.AdditiveWeight`, not `CodebookWeight`.
+ADDITIVE, ADDITIVE_CODES = "additive", 256
 _LARGEST = torch.finfo(torch.float16).max
 _CHUNK_WEIGHTS = 1 << 24
 
@@ -105,6 +107,13 @@ def _fit_awq(weight, n_codes, statistics):
     return torch.cat(grids_of), None
 
 
+def _fit_additive(weight, n_codes, statistics):
+    raise ValueError(
+        "method 'additive' makes codebooks of whole matrices, which codes of one channel do not have; use "
+        "trapetum.additive_fit.fit, or quantize a model with it."
+    )
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method(
         "round to nearest on equal steps from each channel's smallest to its largest weight", _fit_rtn
@@ -124,6 +133,11 @@ METHODS: dict[str, Method] = {
     "rotation": Method(
         "exact 1-D k-means after rotations folded into the weights", _fit_kmeans, transform="rotation"
     ),
+    ADDITIVE: Method(
+        "sums of looked-up vectors of 8 weights, 2 or 4 codebooks a matrix (AQLM); better with calibration",
+        _fit_additive,
+        bits=(2, 4),
+    ),
 }
 _ELSEWHERE = {
     "rtn-128": "rtn-128 keeps a scale and a zero point for each 128 inputs; this format stores one codebook a channel, so "
@@ -139,9 +153,31 @@ def _require_scheme(bits: int, method: str, n_codes: int | None) -> int:
     if bits not in METHODS[method].bits:
         known = ", ".join(map(str, METHODS[method].bits))
         raise ValueError(f"method {method!r} does not make {bits}-bit codes; it makes {known}.")
+    if method == ADDITIVE:
+        if n_codes not in (None, ADDITIVE_CODES):
+            raise ValueError(
+                f"n_codes is {n_codes}; additive codebooks have {ADDITIVE_CODES} entries, so leave it out."
+            )
+        return ADDITIVE_CODES
     if n_codes is not None and not 2 <= n_codes <= 2**bits:
         raise ValueError(f"n_codes is {n_codes}; {bits} bits hold 2 to {2**bits} codes.")
     return n_codes or 2**bits
+
+
+def require_scheme(bits: int, method: str, n_codes: int | None = None) -> int:
+    """Refuse a scheme that no weight could have.
+
+    Returns:
+        the number of codes: `n_codes`, or what the method makes by default.
+
+    Raises:
+        ValueError: an unknown method, or bits or a number of codes that it does not make.
+    """
+    found = _require_scheme(bits, method, n_codes)
+    if method != ADDITIVE:  # the fit knows the rest
+        one = Statistics(torch.ones(1, 1, 1), torch.ones(1), 1)
+        quantize(torch.zeros(1, 1), bits, method, n_codes, one)
+    return found
 
 
 def _require_weight(weight: Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from trapetum.architectures import empty_model, make_rope
 from trapetum.checkpoint import ModelError
 from trapetum.linear import CodebookLinear
-from trapetum.quantizers import METHODS, quantize
+from trapetum.quantizers import METHODS, require_scheme
 from trapetum.shards import Shards
 from trapetum.swap import HEAD, Report, linears, note_method, quantized_layer, replace
 
@@ -60,7 +60,7 @@ def require_streamable(spec: QuantizeSpec) -> None:
             f"method {spec.method!r} {why} the whole model and cannot quantize while loading; "
             f"{how if method.needs else 'use quantize_model on the dense model'}, or use one of {free}."
         )
-    quantize(torch.zeros(1, 1), spec.bits, spec.method, spec.n_codes)  # knows every rule of a scheme
+    require_scheme(spec.bits, spec.method, spec.n_codes)
 
 
 class _Filling:
@@ -143,9 +143,8 @@ def fill(
     if spec is None:
         return None
     note_method(model, spec.method)
-    return Report(
-        filling.errors, time.perf_counter() - start, spec.bits, spec.n_codes or 2**spec.bits, spec.method
-    )
+    codes = require_scheme(spec.bits, spec.method, spec.n_codes)
+    return Report(filling.errors, time.perf_counter() - start, spec.bits, codes, spec.method)
 
 
 def random_values(device: torch.device | str, seed: int) -> Read:
