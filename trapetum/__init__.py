@@ -15,8 +15,9 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
     grids, kmeans, quantizers, additive_fit                   how the values of a codebook are chosen
     linear, additive_linear, swap, checkpoint,                models with codebook layers:
-      architectures, shards, streaming, models, hf, register, make, save, load,
-      blocks, hessians, partial, quantizing, quantize_job     calibrate
+      architectures, shards, streaming, models, hf,           make, save, load;
+      register, blocks, hessians, partial, equivalence, awq,  calibrate, scale or turn,
+      quantizing, quantize_job                                quantize layer by layer
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
       decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python
     perplexity, layer_error, training_text, pretraining,      how well a model predicts a text, and the model
