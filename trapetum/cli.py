@@ -173,6 +173,7 @@ def _print_records(found: list, json_output: bool, save: Path | None) -> None:
             "peak",
             "chain",
             "path",
+            "outliers",
             "threads",
             "linears",
             "part",
@@ -259,6 +260,14 @@ def _tell(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
 
+Outliers = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Time codes with and without this share of the weights apart in fp16, e.g. 0.0045; may be repeated."
+    ),
+]
+
+
 @_command(bench_app, "trapetum bench gemv --shape 4096x4096 --bits 4 --l2 cold")
 def gemv(
     shape: Shapes = None,
@@ -266,6 +275,7 @@ def gemv(
     bits: Bits = None,
     method: Methods = None,
     l2: Annotated[str, typer.Option(help="cold, warm or both.")] = "both",
+    outliers: Outliers = None,
     profile: Profile = "quick",
     device: Device = "auto",
     json_output: Json = False,
@@ -273,12 +283,14 @@ def gemv(
 ) -> None:
     """Time one matrix-vector product in every method, in the same process; on a GPU also in installed peers."""
     from trapetum import bench, machine
-    from trapetum.bench import peers
+    from trapetum.bench import peers, with_outliers
 
     states = {"both": ("cold", "warm"), "cold": ("cold",), "warm": ("warm",)}
     if l2 not in states:
         raise ValueError(f"--l2 is {l2!r}; choose cold, warm or both.")
     shapes = _shapes(shape, config)
+    if outliers:
+        method = [*(method or ["codebook"]), *map(with_outliers.method_of, outliers)]
     if not method and machine.choose_device(device) == "cuda":
         for sentence in peers.missing():
             _tell(sentence)

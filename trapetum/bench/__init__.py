@@ -6,6 +6,7 @@ reading      read bandwidth
 products     the ways to compute y = W x               multiply    their times
 unpacking    dequantize; all products of a token       batch       a few rows of x at once
 peers        other people's products                   crosscheck  our timer beside Triton's
+with_outliers   codes with a share of the weights apart
 model_shapes the matrices that a model's config names
 ladder       the numbered GPU kernels, and their instructions per weight
 profiled     one kernel under Nsight Compute

@@ -15,7 +15,7 @@ WARM_CALLS = 8  # calls of one and the same weight in a warm turn on a CPU
 TRIAL_CALLS = (
     32  # to choose the threads: where neighbours are busy, each call on too many waits for the scheduler
 )
-_WITH_BITS = ("codebook", "codebook-int8", "read")
+_WITH_BITS = ("codebook", "codebook-int8", "codebook+sparse", "read")
 
 
 Say = Callable[[str], object]
@@ -51,7 +51,8 @@ def gemv(
     Args:
         device: "auto", "cpu" or "cuda".
         shapes: (in_features, out_features); None for the profile's.
-        methods: None for all of the device's (`methods_on(device)`) and, on CUDA, the peers that are installed.
+        methods: None for all of the device's (`methods_on(device)`) and, on CUDA, the peers that are installed. Only timed when
+            asked for: "codebook+sparse", with 0.45 % of the weights apart (`bench.with_outliers.method_of` for other shares).
         bits: of the codebook weights; None for the profile's.
         l2: "cold" (distinct weights, more than the cache holds), "warm" (one weight again and again).
         profile: "smoke", "quick" or "full".
@@ -83,7 +84,7 @@ def _plan(
     plan = []
     others = peers.installed() if recorder.device == "cuda" else ()
     for name in names or (*methods_on(recorder.device), *others):
-        every = wanted if name in _WITH_BITS else (4 if 4 in wanted else wanted[0],)
+        every = wanted if name.split("@")[0] in _WITH_BITS else (4 if 4 in wanted else wanted[0],)
         plan += [(name, b) for b in every]
     return plan
 

@@ -45,6 +45,7 @@ CUDA_METHODS = (
     "read",
 )
 _EXPANDED = ("dequantize-linear", "dequantize-linear-bf16")  # not timed unless asked for
+_WITH_OUTLIERS = "codebook+sparse"  # the same, with a share behind an @ where it is not 0.45 %
 _CODED = ("codebook", "codebook-exact", "codebook-int8", *_EXPANDED, "read")
 ROWS_A_LAUNCH = 8  # of x, in one call of the CUDA codebook kernel; the CPU's takes one
 
@@ -190,7 +191,7 @@ def weights(method: str, in_features: int, out_features: int, bits: int, device:
 
     Args:
         method: one of `CPU_METHODS` or `CUDA_METHODS`; or `dequantize-linear` (write the dense matrix, then multiply), which
-            is fp16 on CUDA and fp32 on a CPU, or `dequantize-linear-bf16`.
+            is fp16 on CUDA and fp32 on a CPU, or `dequantize-linear-bf16`; or `codebook+sparse` (`bench.with_outliers`).
         bits: for codebook methods and `read`; ignored by the others.
         device: "cpu" or "cuda".
 
@@ -199,6 +200,10 @@ def weights(method: str, in_features: int, out_features: int, bits: int, device:
         ValueError: the method is unknown on this device.
     """
     known = CUDA_METHODS if device == "cuda" else CPU_METHODS
+    if method.startswith(_WITH_OUTLIERS):
+        from trapetum.bench import with_outliers
+
+        return with_outliers.weights(method, in_features, out_features, bits, device)
     if method not in (*known, *_EXPANDED):
         raise ValueError(f"method {method!r} is unknown on {device}; it is one of {', '.join(known)}.")
     if method in _CODED:
