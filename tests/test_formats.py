@@ -219,7 +219,7 @@ def _header(metadata, **fields):
         (lambda t, m: t.update({"norm.weight": t["norm.weight"].reshape(2, 4)}), "not what was stored"),
         (lambda t, m: _header(m, sha256={}), "one SHA-256 for each tensor"),
         (lambda t, m: _header(m, sha256=[]), "damaged trapetum header"),
-        (lambda t, m: _header(m, sha257={}), "unknown field 'sha257'"),
+        (lambda t, m: _header(m, sha257={}), "unknown field sha257"),
         (lambda t, m: t.update({"late.bias": torch.zeros(1)}), "one SHA-256 for each tensor"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import trapetum
 from trapetum import models, swap
 from trapetum.hf import TrapetumConfig
 from trapetum.linear import CodebookLinear
@@ -42,6 +43,12 @@ def test_importing_trapetum_imports_neither_torch_nor_transformers():
         "import sys, trapetum; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     assert out.strip() == "[]"
+
+
+def test_trapetum_load_is_models_load(folder):
+    loaded = trapetum.load(str(folder), dtype="bf16")
+    assert loaded.kind == "directory" and loaded.model.dtype == torch.bfloat16
+    assert loaded.model.hf_quantizer.quantization_config.method == "kmeans"
 
 
 @pytest.mark.parametrize(

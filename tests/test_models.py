@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trapetum import models, swap
-from trapetum.checkpoint import quantization_config
+from trapetum.checkpoint import quantization_config, versions
 from trapetum.linear import CodebookLinear
 
 
@@ -137,12 +137,14 @@ def test_save_and_load_round_trip(tiny, tmp_path, bits, n_codes):
     before = logits(tiny)
     folder = models.save(tiny, None, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert set(config.pop("sha256")) == {"config", "weights"}
     assert config == {
         "quant_method": "trapetum",
         "bits": bits,
         "n_codes": n_codes,
         "method": "kmeans",
         "modules_to_not_convert": ["lm_head"],
+        "written_by": versions(),
     }
     loaded = models.load(str(folder))
     assert loaded.kind == "directory" and loaded.tokenizer is None and loaded.model.dtype == torch.float32
@@ -259,7 +261,11 @@ def test_unsupported_architecture_and_foreign_quantization(tmp_path):
     foreign = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(models.ModelError) as message:
         models.load(write_config(tmp_path, model_type="llama", quantization_config=foreign))
-    assert_refused(message, "'gptq'")
+    assert_refused(message, "'gptq'", "trapetum import")
+    foreign = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(models.ModelError) as message:
+        models.load(write_config(tmp_path, model_type="llama", quantization_config=foreign))
+    assert_refused(message, "'bitsandbytes'", "original weights")
 
 
 def test_pickled_weights_are_not_opened(tmp_path):

@@ -15,9 +15,9 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
     grids, kmeans, quantizers, additive_fit                   how the values of a codebook are chosen
     linear, additive_linear, swap, checkpoint,                models with codebook layers:
-      architectures, shards, streaming, models, hf,           make, save, load;
-      register, blocks, hessians, partial, equivalence, awq,  calibrate, scale or turn,
-      quantizing, quantize_job                                quantize layer by layer
+      architectures, shards, stored, reading, streaming,      make, save, load, import;
+      models, hf, register, blocks, hessians, partial,        calibrate, scale or turn,
+      equivalence, awq, quantizing, quantize_job              quantize layer by layer
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
       decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python
     perplexity, layer_error, training_text, pretraining,      how well a model predicts a text, and the model
@@ -34,3 +34,10 @@ from trapetum.register import register_with_transformers
 __version__ = "0.1.0"
 
 register_with_transformers()
+
+
+def load(name: str, *arguments, **options):
+    """Load a model by name: `trapetum.models.load`, which is imported when this is called."""
+    from trapetum import models
+
+    return models.load(name, *arguments, **options)

@@ -1,5 +1,12 @@
-"""Write a quantized model as a directory that transformers reads back."""
+"""Write a quantized model as a directory that transformers reads back.
 
+`quantization_config` in its config.json says how the codes were made (`method`, and `recipe` where data or another
+checkpoint was used), by which versions (`written_by`), and holds two hashes (`sha256`): of config.json itself, and of
+all tensors' hashes, which stand in the header of the safetensors file.
+"""
+
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -9,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trapetum import formats
+from trapetum import __version__, formats
 from trapetum.swap import HEAD, codebook_layers, linears
 
 #: `quant_method` in config.json.
@@ -32,7 +39,26 @@ def quantization_config(model: nn.Module) -> dict:
         "modules_to_not_convert": [name for name, _ in linears(model, lm_head=True)],
     }
     exceptions = {name: list(scheme) for name, scheme in found.items() if scheme != common}
-    return config | ({"exceptions": exceptions} if exceptions else {})
+    recipe = getattr(model, "trapetum_quantization", None) or {}
+    recipe = {key: value for key, value in recipe.items() if key != "method"}
+    config |= {"exceptions": exceptions} if exceptions else {}
+    return config | ({"recipe": recipe} if recipe else {}) | {"written_by": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that write a directory."""
+    others = ("torch", "transformers", "safetensors")
+    return {"trapetum": __version__} | {name: importlib.metadata.version(name) for name in others}
+
+
+def config_digest(fields: dict) -> str:
+    """SHA-256 of a config.json by its contents, as 64 hexadecimal digits.
+
+    Spaces and the order of keys do not count, nor does the `sha256` that stands in its `quantization_config`.
+    """
+    quantization = {k: v for k, v in fields["quantization_config"].items() if k != "sha256"}
+    text = json.dumps(fields | {"quantization_config": quantization}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,7 +78,7 @@ def _dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _write(model, tokenizer, folder: Path) -> None:
     weights = {name: layer.to_weight().to("cpu") for name, layer in codebook_layers(model)}
-    formats.save(folder / "model.safetensors", weights, _dense_tensors(model))
+    hashed = formats.save(folder / "model.safetensors", weights, _dense_tensors(model))
     config = model.config.to_dict() | {
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "architectures": [type(model).__name__],
@@ -62,6 +88,9 @@ def _write(model, tokenizer, folder: Path) -> None:
         config["tie_word_embeddings"] = False
     if weights:
         config["quantization_config"] = quantization_config(model)
+        config = _as_json(config)
+        digests = {"config": config_digest(config), "weights": hashed}
+        config["quantization_config"]["sha256"] = digests
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
@@ -69,7 +98,22 @@ def _write(model, tokenizer, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _require_replaceable(folder: Path) -> None:
+def _as_json(config: dict) -> dict:
+    try:
+        return json.loads(json.dumps(config))
+    except TypeError as error:
+        raise ModelError(
+            f"config.json cannot hold what the model says of itself ({error}); set model.trapetum_quantization to plain "
+            "texts, numbers, lists and dicts."
+        ) from error
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse a directory that holds something else than a model that was quantized here.
+
+    Raises:
+        ModelError: it does.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     config = folder / "config.json"
@@ -102,7 +146,7 @@ def save(model: nn.Module, tokenizer, out_dir: str | os.PathLike) -> Path:
         ModelError: the directory holds something else.
     """
     folder = Path(out_dir).expanduser().absolute()
-    _require_replaceable(folder)
+    require_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

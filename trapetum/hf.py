@@ -2,7 +2,14 @@
 
 Importing this module registers "trapetum" with transformers; `trapetum.register` does so at the right moment. Only what
 transformers 5.0 and later have in common is used.
+
+Where transformers says which files it is about to read, these are checked first, as `trapetum.load` checks them (hashes,
+names, shapes, dtypes, finite codebooks, codes in range), which reads them once more than needed. What its hooks leave
+unchecked: that the files are still the same when transformers opens them a moment later, sizes in a hostile config.json
+before the empty model is made from them, and dense weights that are not finite. `trapetum.load` checks these too.
 """
+
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,7 +21,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from trapetum import stored
+from trapetum.formats import BITS
 from trapetum.linear import CodebookLinear
+from trapetum.swap import note_method
 
 METHOD = "trapetum"
 
@@ -28,15 +38,39 @@ class TrapetumConfig(QuantizationConfigMixin):
         method: the quantizer that made the codes.
         modules_to_not_convert: names of linear layers that stayed dense.
         exceptions: {layer name: [bits, n_codes]} of layers with another scheme.
+        recipe: what the codes were made from: calibration text with its hash, sequences, length, seed, groups; or the
+            checkpoint that they were imported from. None for methods without data.
+        written_by: versions of the libraries that wrote the directory, or None.
+        sha256: {"config", "weights"}: hashes of config.json and of the tensors' hashes, or None in old directories. What
+            transformers writes itself holds no hashes.
+
+    Raises:
+        ValueError: an unknown field, or one of another type or range.
     """
 
     def __init__(
-        self, bits=4, n_codes=None, method="kmeans", modules_to_not_convert=(), exceptions=None, **others
+        self,
+        bits=4,
+        n_codes=None,
+        method="kmeans",
+        modules_to_not_convert=(),
+        exceptions=None,
+        recipe=None,
+        written_by=None,
+        sha256=None,
+        **others,
     ):
         self.quant_method = METHOD
-        self.bits, self.n_codes, self.method = bits, n_codes or 2**bits, method
-        self.modules_to_not_convert = list(modules_to_not_convert)
-        self.exceptions = dict(exceptions or {})
+        self.bits, self.n_codes = _scheme("quantization_config", bits, n_codes)
+        self.method = _typed("method", method, str)
+        self.modules_to_not_convert = list(
+            _typed("modules_to_not_convert", modules_to_not_convert, (list, tuple))
+        )
+        exceptions = _typed("exceptions", exceptions or {}, dict)
+        self.exceptions = {name: list(_scheme(name, *_pair(name, e))) for name, e in exceptions.items()}
+        self.recipe = _typed("recipe", recipe, (dict, type(None)))
+        self.written_by = _typed("written_by", written_by, (dict, type(None)))
+        self.sha256 = _typed("sha256", sha256, (dict, type(None)))
         others.pop("quant_method", None)
         if others:
             raise ValueError(
@@ -49,6 +83,42 @@ class TrapetumConfig(QuantizationConfigMixin):
         bits, n_codes = self.exceptions.get(name, (self.bits, self.n_codes))
         return bits, n_codes
 
+    def to_dict(self) -> dict:
+        """For config.json, without what holds only for the files that were read."""
+        fields = super().to_dict()
+        gone = {"sha256", "written_by"} | ({"recipe"} if self.recipe is None else set())
+        return {name: value for name, value in fields.items() if name not in gone}
+
+
+def _typed(field: str, value, kinds):
+    if not isinstance(value, kinds):
+        raise ValueError(
+            f"quantization_config has {field} of type {type(value).__name__}; quantize the model again."
+        )
+    return value
+
+
+def _pair(name: str, value) -> tuple:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(
+            f"quantization_config has an exception for {name!r} that is not [bits, n_codes]; quantize the model again."
+        )
+    return tuple(value)
+
+
+def _scheme(name: str, bits, n_codes) -> tuple[int, int]:
+    if type(bits) is not int or bits not in BITS:
+        known = ", ".join(map(str, BITS))
+        raise ValueError(
+            f"{name!r} has {str(bits)[:20]!r} bits; known are {known}, so quantize the model again."
+        )
+    n_codes = 2**bits if n_codes is None else n_codes
+    if type(n_codes) is not int or not 1 <= n_codes <= 2**bits:
+        raise ValueError(
+            f"{name!r} has {str(n_codes)[:20]!r} codes; {bits} bits hold 1 to {2**bits}, so quantize the model again."
+        )
+    return bits, n_codes
+
 
 class TrapetumQuantizer(HfQuantizer):
     """Puts empty `CodebookLinear` modules in place before transformers reads the stored codes into them."""
@@ -58,14 +128,16 @@ class TrapetumQuantizer(HfQuantizer):
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         for name, layer in linears:
             if name not in config.modules_to_not_convert:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, _empty(layer, *config.scheme(name)))
-        model.trapetum_method = config.method
+        note_method(model, config.method, {"method": config.method} | (config.recipe or {}))
+        if checkpoint_files:
+            stored.check(model, [Path(file) for file in checkpoint_files], config.sha256)
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):

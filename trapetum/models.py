@@ -21,8 +21,10 @@ from trapetum.architectures import (  # noqa: F401
 from trapetum.checkpoint import OWNER, ModelError, quantization_config, save  # noqa: F401
 from trapetum.memory import memory_estimate  # noqa: F401
 from trapetum.paths import BUILTIN_MODEL
+from trapetum.reading import read_model
 from trapetum.shapes import MODELS, ModelShape
 from trapetum.shards import INDEX, SINGLE, files_of
+from trapetum.stored import is_ours, read_config
 from trapetum.streaming import QuantizeSpec, fill, load_quantized, random_values, require_streamable
 from trapetum.swap import (  # noqa: F401  the whole life of a model can be had from here
     Report,
@@ -34,6 +36,8 @@ from trapetum.swap import (  # noqa: F401  the whole life of a model can be had 
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+#: `quant_method` of the formats that `trapetum.imports` reads.
+IMPORTABLE = ("gptq", "awq", "aqlm")
 _SMALL_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer*", "special_tokens_map.json") + (
     "added_tokens.json", "chat_template*", "vocab.json", "merges.txt"
 )  # fmt: skip
@@ -130,6 +134,21 @@ def _first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
+def require_own(fields: dict, name: str) -> None:
+    """Refuse, by its config.json, a checkpoint of a format that must be imported first.
+
+    Raises:
+        ModelError: with the command that imports it.
+    """
+    quantization = fields.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in IMPORTABLE:
+        raise ModelError(
+            f"{name} is quantized with {method!r}; convert it once with `trapetum import DIR OUT` (of a hub model, the "
+            "downloaded directory) and load OUT."
+        )
+
+
 def _config(source: str, name: str):
     """The config that transformers finds at `source` (a directory or a hub id), of a supported architecture."""
     from transformers import AutoConfig, PreTrainedConfig
@@ -137,6 +156,7 @@ def _config(source: str, name: str):
     import trapetum.hf  # noqa: F401  registers the quantizer
 
     fields, _ = PreTrainedConfig.get_config_dict(source)
+    require_own(fields, name)
     require_architecture(fields.get("model_type"), name)  # before a class is sought that may not exist
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     require_supported(config, name)
@@ -203,8 +223,20 @@ def _one_sentence(folder: Path) -> Iterator[None]:
         raise ModelError(f"{folder} cannot be loaded ({_first_sentence(error)}).") from error
 
 
+def _stored(folder: Path, fields: dict, name: str, kind: str, device, dtype) -> Loaded:
+    model = read_model(folder, fields, device, dtype)
+    with _one_sentence(folder):
+        model.generation_config = _generation_config(folder)
+        return Loaded(model, _tokenizer(str(folder)), name, shape_of(model.config, name), kind)
+
+
 def _directory(folder: Path, name: str, kind: str, device, dtype, spec, progress) -> Loaded:
     _require_checkpoint(folder)
+    fields = read_config(folder)
+    require_own(fields, name)
+    require_architecture(fields.get("model_type"), name)
+    if spec is None and is_ours(folder, fields):
+        return _stored(folder, fields, name, kind, device, dtype)
     with _one_sentence(folder):
         if spec is None:
             return _pretrained(str(folder), name, kind, device, dtype)

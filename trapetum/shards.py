@@ -4,7 +4,6 @@ A checkpoint is `model.safetensors`, or several files that `model.safetensors.in
 for one read and let go, so that the pages of a tensor that was read do not stay in memory.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trapetum.checkpoint import ModelError
+from trapetum.tensor_files import FormatError, shown, strict_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,28 +42,22 @@ def _header(path: Path) -> dict[str, Entry]:
         ) from error
 
 
-def _once(pairs: list[tuple]) -> dict:
-    found: dict = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} stands in it twice")
-        found[name] = value
-    return found
-
-
 def _index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, every file in the index' own directory."""
     try:
-        files = json.loads(path.read_text(), object_pairs_hook=_once)["weight_map"]
+        files = strict_json(path)["weight_map"]
         texts = [(name, file) for name, file in files.items() if isinstance(file, str)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FormatError as error:
+        raise ModelError(f"{path} is not an index of shards: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not an index of shards ({error}); download it again.") from error
     if len(texts) != len(files) or not files:
         raise ModelError(f"{path} is not an index of shards (weight_map must name files); download it again.")
     for name, file in texts:
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        plain = Path(file).name == file and file.isprintable() and "\\" not in file
+        if not plain or not file.endswith(".safetensors"):
             raise ModelError(
-                f"{path} puts {name} into {file!r}, which is not a .safetensors file of its directory; "
+                f"{path} puts {shown(name)} into {file[:80]!r}, which is not a .safetensors file of its directory; "
                 "do not trust this checkpoint."
             )
     return files
@@ -123,7 +117,8 @@ class Shards:
         for name, file in files.items():
             if name not in self.entries or self.entries[name].file != file:
                 raise ModelError(
-                    f"{self._folder / INDEX} puts {name} into {file}, and it is not there; download the checkpoint again."
+                    f"{self._folder / INDEX} puts {shown(name)} into {file}, and it is not there; download the "
+                    "checkpoint again."
                 )
 
     def require(self, shapes: dict[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:

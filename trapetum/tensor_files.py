@@ -29,6 +29,7 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -55,8 +56,9 @@ class Entry:
 
 
 def shown(name: str) -> str:
-    """A name out of a file as a sentence may hold it: quoted, no line breaks, at most 80 characters."""
-    return ascii(name if len(name) <= 80 else name[:77] + "...")
+    """A name out of a file as a sentence may hold it: escaped if it is not plain, cut after 80 characters."""
+    plain = name.isprintable() and name.isascii() and 0 < len(name) <= 80
+    return name if plain else ascii(name[:80])
 
 
 def once(pairs: list[tuple]) -> dict:
@@ -68,7 +70,7 @@ def once(pairs: list[tuple]) -> dict:
     found: dict = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{shown(name)} stands in it twice")
+            raise ValueError(f"{name[:80]!r} stands in it twice")
         found[name] = value
     return found
 
@@ -87,7 +89,9 @@ def strict_json(path: Path) -> dict:
     except FormatError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not readable JSON ({_said(error)}); write it again.") from error
+        raise FormatError(
+            f"{path} cannot be loaded, it is not readable JSON ({_said(error)}); write it again."
+        ) from error
     if not isinstance(fields, dict):
         raise FormatError(f"{path} holds a JSON {type(fields).__name__}, not an object; write it again.")
     return fields
@@ -184,8 +188,9 @@ class TensorFile:
             raise FormatError(
                 f"{path} is not a file; give the path of a safetensors file written by trapetum."
             )
-        self._file = open(self.path, "rb", buffering=0)
+        self._file = None
         try:
+            self._file = open(self.path, "rb", buffering=0)
             self.entries, self.metadata = self._header()
         except (OSError, ValueError, RecursionError) as error:
             self.close()
@@ -202,7 +207,8 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; tensors that were read stay."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _header(self) -> tuple[dict[str, Entry], dict[str, str]]:
         size = os.fstat(self._file.fileno()).st_size
@@ -233,7 +239,7 @@ class TensorFile:
             FormatError: another hash, or the file is shorter than it was when it was opened.
         """
         entry = self.entries[name]
-        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
         found = _sha256(entry.dtype, entry.shape)
         self._fill(memoryview(raw.numpy()), entry, found if sha256 is not None else None)
         if sha256 is not None and found.hexdigest() != sha256:
