@@ -13,7 +13,8 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       cuda_additive, cuda_dense, sparse, sparse_product       and dense weights in the same step
     kv_cache, cuda_attention, cuda_token                      cache and attention, and the end of a step: token, next input
     stdlib, text, calibration                                 texts, and which tokens of them a model is shown
-    grids, kmeans, quantizers, additive_fit                   how the values of a codebook are chosen
+    kmeans, quadratic, descent, gptq, lnq, grids,             how the values of a codebook
+      quantizers, additive_fit                                are chosen, and the codes
     linear, additive_linear, swap, checkpoint,                models with codebook layers:
       architectures, shards, stored, reading, streaming,      make, save, load, import;
       models, hf, register, blocks, hessians, partial,        calibrate, scale or turn,

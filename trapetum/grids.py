@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trapetum.quadratic import full_precision
+
 #: Shares of a row's range that a clipped grid tries, the whole range first.
 CLIP_RATIOS = tuple(1 - step / 20 for step in range(12))
 _GROUP_HEADER_BITS = 32  # fp16 scale and fp16 zero point
@@ -40,6 +42,11 @@ def _snapped(weight: Tensor, grid: Tensor) -> Tensor:
     return grid.gather(1, torch.searchsorted(middle, weight.contiguous()))
 
 
+def _output_error(weight: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:
+    difference = _snapped(weight, grid) - weight
+    return ((difference @ hessian).double() * difference).sum(1)
+
+
 def clipped(weight: Tensor, n_codes: int, hessian: Tensor) -> Tensor:
     """The uniform grid of each row whose clip ratio has the least output error.
 
@@ -54,17 +61,11 @@ def clipped(weight: Tensor, n_codes: int, hessian: Tensor) -> Tensor:
     Source: the clip search of Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978; here per
         row on the quadratic form (w' - w)^T H (w' - w).
     """
-    best, chosen = None, None
-    for ratio in CLIP_RATIOS:
-        grid = row_uniform(weight, n_codes, ratio).half().float()
-        difference = _snapped(weight, grid) - weight
-        error = ((difference @ hessian).double() * difference).sum(1)
-        if best is None:
-            best, chosen = error, grid
-            continue
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better.unsqueeze(1), grid, chosen)
-    return chosen
+    tried = [row_uniform(weight, n_codes, ratio).half().float() for ratio in CLIP_RATIOS]
+    with full_precision():
+        errors = torch.stack([_output_error(weight, grid, hessian) for grid in tried])
+    best = errors.argmin(0)
+    return torch.stack(tried)[best, torch.arange(len(weight), device=weight.device)]
 
 
 class GroupedWeight(NamedTuple):

@@ -14,7 +14,10 @@ from torch import Tensor
 from trapetum import formats, grids, kmeans
 from trapetum.calibration import Statistics
 from trapetum.formats import BITS, CodebookWeight
+from trapetum.gptq import gptq
 from trapetum.grids import GroupedWeight, group_rtn  # noqa: F401  (others take both from here)
+from trapetum.lnq import lnq
+from trapetum.quadratic import require_hessian, row_groups
 
 #: The 16 quantiles of a normal distribution that NF4 puts on [-1, 1].
 #: Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, appendix E.
@@ -103,8 +106,16 @@ def _fit_kmeans_weighted(weight, n_codes, statistics):
 
 def _fit_awq(weight, n_codes, statistics):
     parts = row_groups(len(weight), len(statistics.hessian))
-    grids_of = [grids.clipped(weight[part], n_codes, statistics.hessian[g]) for g, part in parts]
-    return torch.cat(grids_of), None
+    return torch.cat([grids.clipped(weight[rows], n_codes, statistics.hessian[g]) for g, rows in parts]), None
+
+
+def _fit_gptq(weight, n_codes, statistics):
+    return gptq(weight, n_codes, statistics.hessian)
+
+
+def _fit_lnq(weight, n_codes, statistics):
+    fitted = lnq(weight, n_codes, statistics.hessian)
+    return fitted.codebook, fitted.codes
 
 
 def _fit_additive(weight, n_codes, statistics):
@@ -129,6 +140,17 @@ METHODS: dict[str, Method] = {
         _fit_awq,
         needs="hessian",
         transform="awq",
+    ),
+    "gptq-codebook": Method(
+        "codebooks from weighted k-means, codes by error feedback (GPTQ)", _fit_gptq, needs="hessian"
+    ),
+    "lnq": Method(
+        "codebooks and codes of least output error, by least squares and coordinate descent in turns (LNQ)",
+        _fit_lnq,
+        needs="hessian",
+    ),
+    "lnq-guided": Method(
+        "lnq on second moments weighted by the gradients of the loss (GuidedQuant)", _fit_lnq, needs="guided"
     ),
     "rotation": Method(
         "exact 1-D k-means after rotations folded into the weights", _fit_kmeans, transform="rotation"
@@ -209,24 +231,6 @@ def _require_mean_square(mean_square: Tensor, weight: Tensor, name: str) -> Tens
     return mean_square.detach().to(weight.device, torch.float32)
 
 
-def _require_hessian(hessian: Tensor, weight: Tensor, name: str) -> Tensor:
-    """The Hessian in float32 on the weight's device; finite, square, no negative diagonal."""
-    inputs = weight.shape[1]
-    if hessian.dim() != 3 or hessian.shape[1:] != (inputs, inputs) or not len(hessian):
-        raise ValueError(
-            f"the Hessian of {name} is {list(hessian.shape)}; give [groups, {inputs}, {inputs}], one or more groups."
-        )
-    bad = int((~hessian.isfinite()).sum())
-    if bad:
-        raise ValueError(f"the Hessian of {name} holds {bad} NaN or infinite values; check the calibration.")
-    lowest = float(hessian.diagonal(dim1=1, dim2=2).min())
-    if lowest < 0:
-        raise ValueError(
-            f"the Hessian of {name} has {lowest:g} on its diagonal, a mean of squares; check the calibration."
-        )
-    return hessian.detach().to(weight.device, torch.float32)
-
-
 def _require_statistics(
     given: Statistics | None, method: str, weight: Tensor, name: str
 ) -> Statistics | None:
@@ -245,17 +249,8 @@ def _require_statistics(
         raise ValueError(
             f"method {method!r} needs the Hessian of the inputs of {name}; calibrate for it, or use 'kmeans-weighted'."
         )
-    return Statistics(_require_hessian(given.hessian, weight, name), mean_square, given.tokens)
-
-
-def row_groups(rows: int, groups: int) -> list[tuple[int, slice]]:
-    """The rows of each group that has any: row r belongs to group r * groups // rows.
-
-    Returns:
-        (group, its rows), in order.
-    """
-    starts = [-(-group * rows // groups) for group in range(groups + 1)]
-    return [(g, slice(a, b)) for g, (a, b) in enumerate(zip(starts, starts[1:], strict=False)) if a < b]
+    require_hessian(given.hessian, weight.shape[1], name)
+    return Statistics(given.hessian.detach().to(weight.device), mean_square, given.tokens)
 
 
 def _quantize_rows(
