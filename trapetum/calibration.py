@@ -3,6 +3,7 @@
 The tokens are random windows of a text, chosen by a seed. `trapetum.hessians` turns them into `Statistics`.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def made_of(rows: Iterable[Tensor], text: str = "given token ids", seed: int = 0
     return Calibration(found, text, rows_sha256(found), seed)
 
 
+@functools.lru_cache(maxsize=4)  # several seeds read it again
 def _builtin(max_chars: int) -> str:
     """The side of the standard library's text that the built-in model was trained on, its kinds in equal parts."""
     train, heldout = texts.split(texts.stdlib_documents())

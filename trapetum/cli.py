@@ -697,60 +697,66 @@ def tune(
 # Models
 
 
-@_command(app, "trapetum quantize builtin out/builtin-4bit --bits 4 --method kmeans")
+@_command(app, "trapetum quantize builtin out/builtin-4bit --bits 4 --calibrate builtin")
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="A new directory for the quantized model.")],
     bits: Annotated[int, typer.Option(help="8, 4, 3 or 2.")] = 4,
-    method: Annotated[str, typer.Option(help="rtn, nf4, lloyd, kmeans or kmeans-weighted.")] = "kmeans",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How codes are chosen; default kmeans, with --calibrate lnq-guided. An unknown one lists all."
+        ),
+    ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
     calibrate: Annotated[
-        str | None, typer.Option(help="Text for methods that need data: a file, a dataset, or builtin.")
+        str | None,
+        typer.Option(
+            help="Text to calibrate on: a file, wikitext-2 or another dataset, or builtin (the training part of each)."
+        ),
     ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Windows of the text, at most.")] = 128,
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window; at most the model's context.")
+    ] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the windows, and of rotations.")] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Take up a run that was interrupted (its layers are in OUT.partial), or start over."
+        ),
+    ] = True,
+    outliers: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of the weights kept apart in fp16, e.g. 0.0045.")
+    ] = 0.0,
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Quantize a model to codebooks and save it as safetensors that transformers can load.
 
-    Without --calibrate the weights are quantized as they are read, so that the dense model is never in memory.
+    Without --calibrate the weights are quantized as they are read, so that the dense model is never in memory. With it the
+    model is loaded dense and quantized layer by layer; under torchrun the processes share the layers.
     """
-    from trapetum import machine, models
+    from trapetum import machine
+    from trapetum.quantize_job import Job, processes, quantize_to
 
+    method = method or ("lnq-guided" if calibrate else "kmeans")
     device = machine.choose_device(device)
-    if calibrate is None:
-        spec = models.QuantizeSpec(bits, method, lm_head=lm_head)
-        loaded = models.load(model, device, quantize=spec, progress=not json_output)
-        done = loaded.report
-    else:
-        loaded = models.load(model, device)
-        rows = _calibration(loaded, calibrate)
-        done = models.quantize_model(
-            loaded.model, bits, method, lm_head=lm_head, calibration=rows, progress=not json_output
-        )
-    folder = models.save(loaded.model, loaded.tokenizer, out)
+    job = Job(bits, method, lm_head, calibrate, sequences, length, seed, resume, outliers)
+    with processes(device) as first:
+        say = typer.echo if first and not json_output else lambda _: None
+        done, folder = quantize_to(model, out, job, device, say, not json_output)
+    if not first:
+        return
     if json_output:
         typer.echo(json.dumps(asdict(done) | {"out": str(folder)}, indent=1))
         return
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     typer.echo(f"{len(done.errors)} layers, {bits} bits, {method}: {done.seconds:.1f} s")
     typer.echo(f"mean relative squared weight error {done.mean_error:.3e}")
+    if done.mean_output_error is not None:
+        typer.echo(f"mean relative squared output error {done.mean_output_error:.3e}")
     typer.echo(f"{folder}: {size / 1e6:.2f} MB of safetensors")
-
-
-def _calibration(loaded, spec: str | None, sequences: int = 32, length: int = 512):
-    """Rows of token ids from the start of a text, or None where none is asked for."""
-    if spec is None:
-        return None
-    import torch
-
-    from trapetum.text import load_text
-
-    if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.name} has no tokenizer, so it cannot be calibrated on a text.")
-    text = load_text(spec, max_chars=8 * sequences * length)
-    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[0][: sequences * length]
-    rows = [row for row in torch.split(ids, length) if len(row) > 1]
-    return [row.to(loaded.model.device) for row in rows]
 
 
 @_command(app, 'trapetum generate builtin --prompt "Return a" -n 60')

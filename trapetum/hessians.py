@@ -34,11 +34,11 @@ _RETREATS = (0, 6, 12)
 
 @contextmanager
 def _inputs_of(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """Filled with the input [tokens, in] of each layer whenever its module runs."""
+    """Filled with the input [1, tokens, in] of each layer whenever its module runs: the very tensor, to see which share one."""
     seen: dict[str, Tensor] = {}
 
     def hook(name):
-        return lambda _, inputs: seen.__setitem__(name, inputs[0].detach())
+        return lambda _, inputs: seen.__setitem__(name, inputs[0])
 
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:

@@ -6,7 +6,6 @@ not done. `run.json` says of which run the folder is; another run's is refused.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trapetum import formats
+from trapetum import additive, formats
+from trapetum.additive import AdditiveWeight
 from trapetum.formats import CodebookWeight, FormatError
 from trapetum.kernel_cache import write_atomically
 
@@ -37,7 +37,7 @@ class Done:
         notes: errors and the like, as JSON holds them.
     """
 
-    weight: CodebookWeight
+    weight: CodebookWeight | AdditiveWeight
     extra: dict[str, Tensor] = field(default_factory=dict)
     notes: dict = field(default_factory=dict)
 
@@ -70,15 +70,12 @@ class Partial:
         folder: of the run, made if need be; or None.
         identity: what tells this run from others, as JSON holds it.
 
-    Attributes:
-        found: how many files of results were there at the start.
-
     Raises:
         PartialError: the folder is another run's, or holds something else.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping):
-        self._folder, self.found = folder, 0
+        self._folder = folder
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +85,6 @@ class Partial:
             raise PartialError(f"{folder} holds no {_RUN} and is not empty; choose another directory.")
         else:
             write_atomically(folder / _RUN, (json.dumps(identity, indent=1) + "\n").encode())
-        self.found = len(list(folder.glob("*.safetensors")))
 
     def _require_same(self, identity: dict) -> None:
         try:
@@ -109,14 +105,20 @@ class Partial:
         """Keep a finished layer."""
         if self._folder:
             notes = {_NOTES: json.dumps(done.notes)}
-            formats.save(self._path(name), {name: done.weight}, done.extra, notes)
+            if isinstance(done.weight, AdditiveWeight):
+                formats.save(self._path(name), {}, done.weight.tensors(), notes)
+            else:
+                formats.save(self._path(name), {name: done.weight}, done.extra, notes)
 
     def get(self, name: str) -> Done | None:
         """A finished layer, or None."""
         archive = self._load(name)
-        if archive is None or list(archive.weights) != [name]:
+        if archive is None:
             return None
-        return Done(archive.weights[name], archive.extra, json.loads(archive.metadata.get(_NOTES, "{}")))
+        notes = json.loads(archive.metadata.get(_NOTES, "{}"))
+        if not archive.weights and archive.extra.keys() == set(additive.PARTS):
+            return Done(additive.AdditiveWeight(**archive.extra), {}, notes)
+        return Done(archive.weights[name], archive.extra, notes) if list(archive.weights) == [name] else None
 
     def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep other tensors, by names of their own."""
@@ -136,12 +138,12 @@ class Partial:
         except FormatError:
             return None
 
-    def remove(self) -> None:
-        """Delete the folder, once what it holds is saved elsewhere."""
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
 
 def is_partial(folder: Path) -> bool:
     """Whether a folder is one that `Partial` made."""
     return (folder / _RUN).is_file()
+
+
+def finished(folder: Path) -> int:
+    """How many results a folder holds."""
+    return len(list(folder.glob("*.safetensors")))

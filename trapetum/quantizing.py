@@ -12,25 +12,25 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
-from trapetum import hessians, machine_cpu
+from trapetum import awq, equivalence, hessians, machine_cpu, sparse
+from trapetum.additive import AdditiveWeight
+from trapetum.additive_linear import AdditiveLinear
 from trapetum.architectures import shape_of
 from trapetum.blocks import Blocks
 from trapetum.calibration import GROUPS, Calibration, CalibrationError, Statistics
 from trapetum.linear import CodebookLinear
 from trapetum.memory import calibration_bytes
 from trapetum.partial import Done, Partial, fingerprint
-from trapetum.quantizers import METHODS, quantize
+from trapetum.quantizers import ADDITIVE, METHODS, require_scheme
 from trapetum.swap import Report, linears, note_method, quantized_layer, replace
 
 _MEMINFO = Path("/proc/meminfo")
-_LIBRARIES = ("trapetum", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,17 @@ def _scheme(bits, method, n_codes, lm_head, outliers, groups, calibration) -> Sc
     Raises:
         ValueError: none could.
     """
-    one = Statistics(torch.ones(1, 1, 1), torch.ones(1), 1)
-    quantize(torch.zeros(1, 1), bits, method, n_codes, statistics=one)
+    codes = require_scheme(bits, method, n_codes)
+    if outliers and method == ADDITIVE:
+        raise ValueError(
+            f"outliers ({outliers:g} of the weights) are kept apart beside one codebook a channel, not beside additive ones; "
+            "leave them out, or take another method."
+        )
     if groups < 1:
         raise ValueError(f"groups is {groups}; output rows form at least 1 group.")
     guided = METHODS[method].needs == "guided"
     seed = calibration.seed if calibration else 0
-    return Scheme(bits, method, n_codes or 2**bits, lm_head, outliers, groups if guided else 0, seed)
+    return Scheme(bits, method, codes, lm_head, outliers, groups if guided else 0, seed)
 
 
 def _require_tokens(model: nn.Module, calibration: Calibration | None, scheme: Scheme) -> None:
@@ -215,6 +219,7 @@ class _Run:
         self.stages = _stages(blocks.model, blocks, scheme.lm_head)
         self.rank, self.world = ranks()
         self.clock, self.notes = _Clock(blocks.device), {}
+        self.dense: dict[int, dict[str, Tensor]] = {}
 
     def run(self, progress: bool) -> None:
         """Quantize every layer; in the end each process holds them all."""
@@ -241,7 +246,7 @@ class _Run:
 
     def _is_kept(self, index: int) -> bool:
         kept = all(self._kept(name) for name in self.stages[index])
-        if kept and self.stages[index] and self.scheme.transform == "awq":
+        if kept and self._scales(index):
             return self.partial.get_tensors(self._dense_name(index)) is not None
         return kept
 
@@ -251,7 +256,7 @@ class _Run:
         expected = layer.out_features, layer.in_features, self.scheme.bits
         if done is None or (done.weight.out_features, done.weight.in_features, done.weight.bits) != expected:
             return None
-        return done
+        return done if not self.scheme.outliers or done.extra.keys() == sparse.PARTS.keys() else None
 
     # Gradients
 
@@ -281,61 +286,125 @@ class _Run:
         found = {}
         if hidden and index <= pending[-1]:
             with self.clock("statistics"):
-                todo = self._to_observe(names) if computed else []
-                weights = {name: hessians.token_weights(squares, name) for name in todo} if squares else None
-                found = hessians.collect(self.blocks, index, hidden, todo, weights)
+                found = self._observed(index, names if computed else [], hidden, squares)
         if index % self.world != self.rank or not names:
             return
         bar.set_postfix_str(self.blocks.prefix(index).rstrip(".") or names[0])
+        with self.clock("transform"):
+            found = self._transform(index, found) if computed else self._transformed(index)
         for name in names:
             size = self.blocks.model.get_submodule(name).weight.numel()
             with self.clock("quantize"):
                 self._layer(name, *found.pop(name, (None, None)))
             bar.update(size)
 
-    def _to_observe(self, names: list[str]) -> list[str]:
-        """A transform asks for all linears of a layer, or else those that are not done."""
-        whole = self.scheme.transform == "awq"
-        return [name for name in names if whole or self._kept(name) is None]
+    def _observed(self, index: int, names: list[str], hidden: list[Tensor], squares) -> dict:
+        """Statistics of the linears that are not done; of all where a transform asks for all."""
+        todo = [name for name in names if self._scales(index) or self._kept(name) is None]
+        weights = {name: hessians.token_weights(squares, name) for name in todo} if squares else None
+        return hessians.collect(self.blocks, index, hidden, todo, weights)
 
     def _layer(self, name: str, plain: Statistics | None, guided: Statistics | None) -> None:
         layer, done = self.blocks.model.get_submodule(name), self._kept(name)
         if done is None:
             done = self._quantized(name, layer, plain, guided)
-            self.partial.put(name, done)
+            self.partial.put(name, _on_cpu(done))
         self._put(name, done)
 
     def _quantized(self, name: str, layer: nn.Linear, plain, guided) -> Done:
         scheme, notes = self.scheme, {}
         statistics = guided if scheme.needs == "guided" else plain
         made, notes["error"] = quantized_layer(
-            layer.weight.detach(), None, scheme.bits, scheme.method, scheme.n_codes, statistics, name
+            layer.weight.detach(),
+            None,
+            scheme.bits,
+            scheme.method,
+            scheme.n_codes,
+            statistics,
+            name,
+            scheme.outliers,
         )
         if plain is not None:
             notes["output_error"] = output_error(layer.weight, made.dequantize(torch.float32), plain)
-        return Done(made.to_weight(), {}, notes)
+        return _done(made, notes)
 
     def _put(self, name: str, done: Done) -> None:
         layer = self.blocks.model.get_submodule(name)
         bias = None if layer.bias is None else layer.bias.detach()
-        replace(self.blocks.model, name, CodebookLinear.from_weight(done.weight.to(self.blocks.device), bias))
+        replace(self.blocks.model, name, _layer_of(done, self.scheme, bias, self.blocks.device))
         self.notes[name] = done.notes
+
+    # AWQ's scales of one decoder layer
+
+    def _scales(self, index: int) -> bool:
+        return self.scheme.transform == "awq" and index != self.blocks.head
+
+    def _dense(self, index: int) -> dict[str, nn.Parameter]:
+        """What scales change beside the weights that are quantized: norms and biases."""
+        coded = {f"{name.removeprefix(self.blocks.prefix(index))}.weight" for name in self.stages[index]}
+        named = self.blocks.stage(index).named_parameters()
+        return {name: parameter for name, parameter in named if name not in coded}
+
+    def _transform(self, index: int, found: dict) -> dict:
+        """Scale a decoder layer, and give the statistics of what it takes then."""
+        if not self._scales(index):
+            return found
+        plain = {name: pair[0] for name, pair in found.items()}
+        scaled = awq.awq_block(self.blocks.stage(index), plain, self.scheme.bits, self.scheme.n_codes)
+        self.dense[index] = {name: p.detach().cpu().clone() for name, p in self._dense(index).items()}
+        self.partial.put_tensors(self._dense_name(index), self.dense[index])
+        return {name: (statistics, None) for name, statistics in scaled.statistics.items()}
+
+    def _transformed(self, index: int) -> dict:
+        """Put back what an interrupted run made of a scaled layer's norms and biases."""
+        if self._scales(index):
+            self.dense[index] = self.partial.get_tensors(self._dense_name(index)) or {}
+            self._put_dense(index, self.dense[index])
+        return {}
+
+    def _put_dense(self, index: int, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._dense(index).items():
+            if name in tensors:
+                parameter.data.copy_(tensors[name])
 
     # All processes together
 
     def _gather(self) -> None:
-        for index in range(len(self.stages)):
+        if self.world == 1:
+            return
+        for index, names in enumerate(self.stages):
             owner = index % self.world
-            made = self._of_stage(index) if owner == self.rank and self.world > 1 else None
-            for name, done in (_shared(made, owner) or {}).items():
-                if owner != self.rank:
+            own = owner == self.rank
+            made = {name: self._of(name) for name in names} if own else None
+            made, dense = _shared((made, self.dense.get(index, {})) if own else None, owner)
+            if not own:
+                self._put_dense(index, dense)
+                for name, done in made.items():
                     self._put(name, done)
 
-    def _of_stage(self, index: int) -> dict[str, Done]:
-        layers = {name: self.blocks.model.get_submodule(name) for name in self.stages[index]}
-        return {
-            name: Done(layer.to_weight().to("cpu"), {}, self.notes[name]) for name, layer in layers.items()
-        }
+    def _of(self, name: str) -> Done:
+        return _on_cpu(_done(self.blocks.model.get_submodule(name), self.notes[name]))
+
+
+def _done(layer: CodebookLinear | AdditiveLinear, notes: dict) -> Done:
+    apart = layer.outliers.tensors() if layer.outliers is not None else {}
+    return Done(layer.to_weight(), apart, notes)
+
+
+def _on_cpu(done: Done) -> Done:
+    return Done(done.weight.to("cpu"), {name: t.cpu() for name, t in done.extra.items()}, done.notes)
+
+
+def _layer_of(
+    done: Done, scheme: Scheme, bias: Tensor | None, device: torch.device
+) -> CodebookLinear | AdditiveLinear:
+    if isinstance(done.weight, AdditiveWeight):
+        return AdditiveLinear.from_weight(done.weight.to(device), bias)
+    apart = None
+    if scheme.outliers:
+        parts = (done.extra[name].to(device) for name in sparse.PARTS)
+        apart = sparse.Outliers(*parts, done.weight.in_features, scheme.outliers)
+    return CodebookLinear.from_weight(done.weight.to(device), bias, apart)
 
 
 def _identity(model: nn.Module, scheme: Scheme, calibration: Calibration | None) -> dict:
@@ -348,7 +417,7 @@ def _identity(model: nn.Module, scheme: Scheme, calibration: Calibration | None)
 
 def _described(scheme: Scheme, calibration: Calibration | None, notes: list[str]) -> dict:
     """What the saved config says of how the codes were made."""
-    said: dict = {"method": scheme.method, "versions": {name: version(name) for name in _LIBRARIES}}
+    said: dict = {"method": scheme.method}
     if calibration:
         said |= {
             "calibration": {
@@ -368,8 +437,6 @@ def _transformed(model: nn.Module, scheme: Scheme) -> list[str]:
     """Send the whole model through what the method wants first; what there is to say of it."""
     if scheme.transform != "rotation":
         return []
-    from trapetum import equivalence
-
     return [equivalence.rotate(model, scheme.seed).text]
 
 
@@ -435,8 +502,9 @@ def quantize_calibrated(
     partial = Partial(
         Path(resume_dir) if resume_dir else None, _identity(model, scheme, calibration) if resume_dir else {}
     )
-    notes = _transformed(model, scheme)
     run = _Run(blocks, scheme, calibration, partial)
+    with run.clock("transform"):
+        notes = _transformed(model, scheme)
     try:
         run.run(progress and run.rank == 0)
     except torch.OutOfMemoryError as error:

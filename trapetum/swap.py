@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from trapetum.additive_linear import AdditiveLinear
+from trapetum import sparse
+from trapetum.additive_linear import AdditiveLinear, additive_layer
 from trapetum.calibration import Statistics, made_of
 from trapetum.formats import CodebookWeight, pack
 from trapetum.linear import CodebookLinear
-from trapetum.quantizers import METHODS, quantize, weight_error
+from trapetum.quantizers import ADDITIVE, METHODS, quantize, require_scheme, weight_error
 
 HEAD = "lm_head"
 #: The layers that hold codes: with one codebook per output channel, and with additive ones.
@@ -107,20 +108,31 @@ def quantized_layer(
     n_codes: int | None,
     statistics: Statistics | None = None,
     name: str = "layer",
-) -> tuple[CodebookLinear, float]:
-    """The codebook layer of one dense weight, and its relative squared weight error.
+    outliers: float = 0.0,
+) -> tuple[CodebookLinear | AdditiveLinear, float]:
+    """The layer of codes of one dense weight, and its relative squared weight error.
 
     Args:
         weight: floating [out_features, in_features].
         bias: [out_features], kept as it is, or None.
         bits, method, n_codes, statistics: as for `trapetum.quantizers.quantize`.
         name: the layer, for an error.
+        outliers: share of the weights that is kept apart in float16 (`trapetum.sparse`); 0 for none.
 
     Raises:
-        ValueError: as `trapetum.quantizers.quantize`.
+        ValueError: as `trapetum.quantizers.quantize` and `trapetum.sparse.split`.
     """
-    quantized = quantize(weight, bits, method, n_codes, statistics, name=f"{name}.weight")
-    return CodebookLinear.from_weight(quantized, bias), float(weight_error(weight, quantized))
+    if method == ADDITIVE:
+        require_scheme(bits, method, n_codes)
+        return additive_layer(weight, bias, bits, statistics, name)
+    name = f"{name}.weight"
+    if not outliers:
+        quantized = quantize(weight, bits, method, n_codes, statistics, name=name)
+        return CodebookLinear.from_weight(quantized, bias), float(weight_error(weight, quantized))
+    rest, apart = sparse.split(weight, statistics, outliers, name)
+    quantized = quantize(rest, bits, method, n_codes, statistics, name=name)
+    quantized, apart = sparse.settle(quantized, apart, name)
+    return CodebookLinear.from_weight(quantized, bias, apart), sparse.weight_error(weight, quantized, apart)
 
 
 @torch.no_grad()
@@ -139,19 +151,20 @@ def quantize_model(
         model: a transformers causal language model.
         bits: bits per code (2, 3, 4, 8).
         method: a name of `trapetum.quantizers.METHODS`.
-        n_codes: codebook entries per output channel; default 2**bits.
+        n_codes: codebook entries per output channel; default 2**bits (of additive codebooks always 256).
         lm_head: quantize the output head too (a tied embedding keeps its dense weight).
-        calibration: rows of token ids, for methods that weigh the inputs.
+        calibration: rows of token ids, for methods that weigh the inputs; additive codebooks take them or leave them.
         progress: show a progress bar.
 
     Raises:
         ValueError: unknown method, missing calibration, nothing to quantize, or a weight that is NaN or infinite (by name).
     """
     known = METHODS.get(method)
-    if known is not None and known.needs_calibration:
+    if known is not None and (known.needs_calibration or calibration and method == ADDITIVE):
         from trapetum.quantizing import quantize_calibrated  # which is made of this module
 
-        tokens = made_of(calibration) if known.needs and calibration else None
+        wanted = known.needs or method == ADDITIVE
+        tokens = made_of(calibration) if wanted and calibration else None
         return quantize_calibrated(model, bits, method, tokens, n_codes, lm_head, progress)
     start, layers, errors = time.perf_counter(), linears(model, lm_head), {}
     if not layers:
@@ -162,7 +175,8 @@ def quantize_model(
         )
         replace(model, name, made)
     note_method(model, method)
-    return Report(errors, time.perf_counter() - start, bits, n_codes or 2**bits, method)
+    codes = require_scheme(bits, method, n_codes)
+    return Report(errors, time.perf_counter() - start, bits, codes, method)
 
 
 def note_method(model: nn.Module, method: str, described: dict | None = None) -> None:
