@@ -77,6 +77,7 @@ CHANGES = {
     "scales": scale_everywhere,
     "folded": equivalence.fold_norms,
     "rotated": lambda model: equivalence.rotate(model, 3),
+    "stressed": equivalence.stress,
 }
 
 
@@ -194,7 +195,7 @@ def test_an_unknown_architecture_is_refused():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     gemma = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **SIZES))
-    for change in (equivalence.fold_norms, equivalence.rotate):
+    for change in (equivalence.fold_norms, equivalence.rotate, equivalence.stress):
         with pytest.raises(ModelError, match="llama, mistral, qwen2"):
             change(gemma)
 
@@ -253,3 +254,57 @@ def test_a_rotation_flattens_what_reads_the_stream_and_not_what_reads_the_mlp():
     block = model.model.layers[1]
     assert peak(block.self_attn.q_proj.weight) < 4
     assert peak(block.mlp.down_proj.weight) > 30
+
+
+def test_stress_shrinks_a_share_of_the_columns_and_changes_no_bit():
+    model, plain = made("llama"), made("llama")
+    expected = logits(model)
+    note = equivalence.stress(model, seed=1, share=0.1, factor=16)
+    assert torch.equal(logits(model), expected)
+    assert (
+        "10.0% of all input channels" in note.text
+        and "factor of 16, seed 1" in note.text
+        and note.bytes_added == 0
+    )
+    columns = {"self_attn.q_proj": 5, "mlp.up_proj": 5, "self_attn.o_proj": 3 * 2, "mlp.down_proj": 8}
+    factors = []
+    for block, before in zip(model.model.layers, plain.model.layers, strict=True):
+        for name, count in columns.items():
+            ratio = block.get_submodule(name).weight / before.get_submodule(name).weight
+            ratio = ratio / ratio.amax(1, keepdim=True)  # rows of up_proj are divided too
+            assert torch.equal(ratio, ratio[:1].expand_as(ratio))
+            assert int((ratio[0] < 1).sum()) == count
+            factors += (1 / ratio[0][ratio[0] < 1]).log2().tolist()
+    assert all(octave == round(octave) for octave in factors)
+    assert 3 <= float(torch.tensor(factors).median()) <= 5 and len(set(factors)) > 2
+
+
+def test_stress_makes_weights_harder_for_a_codebook_that_knows_no_inputs():
+    lost = {}
+    for share in (None, 0.1):
+        model = made("llama")
+        expected = logits(model)
+        if share:
+            equivalence.stress(model, share=share, factor=64)
+        models.quantize_model(model, 4, "kmeans", progress=False)
+        lost[share] = float((logits(model) - expected).square().mean())
+    assert lost[0.1] > 4 * lost[None]
+
+
+def test_stress_is_fixed_by_its_seed():
+    weights = []
+    for seed in (0, 0, 1):
+        model = made("llama")
+        equivalence.stress(model, seed)
+        weights.append(model.model.layers[1].mlp.down_proj.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("share", "factor"), [(0, 8), (1, 8), (0.1, 0.5), (0.1, float("inf")), (float("nan"), 2)]
+)
+def test_stress_out_of_range_is_refused(share, factor):
+    with pytest.raises(
+        ValueError, match="give a share of channels between 0 and 1 and a factor of at least 1"
+    ):
+        equivalence.stress(made("llama"), share=share, factor=factor)

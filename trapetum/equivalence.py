@@ -13,6 +13,7 @@ to the other; and between layers the stream may be turned by any orthogonal matr
 model as hard to quantize as a large one. All of it happens before quantization, in float64, and costs no decode time.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ PLACES: Mapping[str, tuple[str, ...]] = {
 _NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 _PRODUCERS = {"o": "self_attn.v_proj", "down": "mlp.up_proj"}
 _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
+#: Share of outlier channels and the median of their factors, for `stress`.
+SHARE, FACTOR = 0.02, 24.0
 
 _Change = tuple[str, nn.Parameter, Tensor]  # name, parameter, its new value in float64
 
@@ -344,3 +348,62 @@ def rotate(model: nn.Module, seed: int = 0) -> Note:
         _turn_heads(block, generator)
     text = f"Residual stream and heads are turned by seed {seed}, norms folded; the input of down_proj is not turned."
     return Note(text + _untied_note(folded.bytes_added), folded.bytes_added)
+
+
+# --- stress --------------------------------------------------------------------------------------------------------
+
+_SPREAD = 1.0  # standard deviation of the factors' binary logarithm
+
+
+def _outliers(size: int, share: float, factor: float, generator: torch.Generator) -> Tensor:
+    """Scales of `size` channels: 1, but for a random share of them, which shrink by log-normal powers of two."""
+    count = max(1, round(share * size))
+    scale = torch.ones(size, dtype=torch.float64)
+    octaves = math.log2(factor) + _SPREAD * torch.randn(count, generator=generator, dtype=torch.float64)
+    scale[torch.randperm(size, generator=generator)[:count]] = 2.0 ** -octaves.round().clamp_min(0)
+    return scale
+
+
+def _require_stress(share: float, factor: float) -> None:
+    if not 0 < share < 1 or not 1 <= factor < math.inf:
+        raise ValueError(
+            f"share is {share:g} and factor {factor:g}; give a share of channels between 0 and 1 and a factor of at least 1."
+        )
+
+
+@torch.no_grad()
+def stress(model: nn.Module, seed: int = 0, share: float = SHARE, factor: float = FACTOR) -> Note:
+    """Give a model the outlier channels of large models without changing what it computes, in place.
+
+    At all four places of each decoder layer a random share of the channels is chosen. Their inputs become larger by factors
+    drawn from a log-normal distribution (median `factor`, a standard deviation of one octave, rounded to powers of two) and
+    the columns that read them smaller by the same, so that all other columns stand out against them by `factor`. The
+    columns that matter most are then those that a codebook of a whole row resolves least. The function is the same to the
+    bit in every dtype that does not run out of range. Methods that know the inputs can see through it: a diagonal of
+    mean squares is enough; and `fold_norms` undoes it at two of the places.
+
+    Args:
+        model: a dense causal language model of a supported architecture.
+        seed: of channels and factors.
+        share: of the channels, at least one a place.
+        factor: median of the factors, at least 1.
+
+    Returns:
+        the note.
+
+    Raises:
+        ModelError: an architecture or feature that is not supported.
+        ValueError: share or factor out of range, a quantized layer, or a value that the weights' dtype cannot hold.
+
+    Source: that a few input channels of large models are tens of times larger than the rest: Dettmers et al.,
+        "LLM.int8()", arXiv:2208.07339; that about 1 % of the channels decides what rounding costs: Lin et al., "AWQ",
+        arXiv:2306.00978.
+    """
+    _require_stress(share, factor)
+    generator = torch.Generator().manual_seed(seed)
+    for block in _blocks(model):
+        for place in PLACES:
+            scale_inputs(block, place, _outliers(channels(block, place), share, factor, generator))
+    return Note(
+        f"{share:.1%} of all input channels are outliers by a median factor of {factor:g}, seed {seed}."
+    )
