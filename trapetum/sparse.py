@@ -221,6 +221,24 @@ def _largest(score: Tensor, entries: int) -> Tensor:
     return torch.cat([above, equal[: entries - len(above)]]).sort().values
 
 
+def _mean_square(statistics, weight: Tensor, name: str) -> Tensor:
+    mean_square = statistics.mean_square.to(weight.device, torch.float32)
+    if mean_square.shape != weight.shape[1:]:
+        raise ValueError(
+            f"the statistics of {name} are of {list(mean_square.shape)} inputs; the matrix has {weight.shape[1]}."
+        )
+    return mean_square
+
+
+def _sensitive_and_large(size: Tensor, mean_square: Tensor, entries: int) -> Tensor:
+    """Flat places, rising; overwrites `size`."""
+    sensitive = _largest(size.square() * mean_square, -(-entries // 2))
+    if len(sensitive) == entries:
+        return sensitive
+    size.view(-1)[sensitive] = -1
+    return torch.cat([sensitive, _largest(size, entries - len(sensitive))]).sort().values
+
+
 def _gather(weight: Tensor, places: Tensor, share: float) -> Outliers:
     out_features, in_features = weight.shape
     rows = torch.div(places, in_features, rounding_mode="floor")
@@ -236,7 +254,8 @@ def split(
 ) -> tuple[Tensor, Outliers]:
     """Take the weights that matter most out of a matrix.
 
-    The score is the energy that a weight adds to the output, w^2 times its input's mean square; without statistics, w^2.
+    Half of them are those that add most to the output's energy, w^2 times its input's mean square; the other half, and without
+    statistics all, are the largest of the rest, which stretch the codebook. SqueezeLLM takes a ninth by sensitivity.
 
     Args:
         weight: floating [out_features, in_features], finite.
@@ -253,15 +272,11 @@ def split(
     """
     _require_weight(weight, name)
     entries = count(share, *weight.shape)
-    score = weight.detach().float().square()
-    if statistics is not None:
-        mean_square = statistics.mean_square.to(weight.device, torch.float32)
-        if mean_square.shape != weight.shape[1:]:
-            raise ValueError(
-                f"the statistics of {name} are of {list(mean_square.shape)} inputs; the matrix has {weight.shape[1]}."
-            )
-        score *= mean_square
-    places = _largest(score, entries)
+    size = weight.detach().float().abs()
+    if statistics is None:
+        places = _largest(size, entries)
+    else:
+        places = _sensitive_and_large(size, _mean_square(statistics, weight, name), entries)
     kept = weight.detach().clone()
     kept.view(-1)[places] = 0
     return kept, _gather(weight.detach(), places, share)
