@@ -115,6 +115,11 @@ class AdditiveWeight:
         return self.codebooks.shape[0]
 
     @property
+    def bits(self) -> int:
+        """Bits of codes a weight: 8 for each codebook and group of 8."""
+        return self.n_codebooks
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, codebooks and scales together (the bias is not the matrix's)."""
         return self.codes.nbytes + self.codebooks.nbytes + self.scales.nbytes
@@ -130,6 +135,10 @@ class AdditiveWeight:
         The sum and the scale are computed in float32, or in float64 for a float64 result, and rounded once.
         """
         return dequantized(self.codes, self.codebooks, self.scales, dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes, codebooks and scales by these names."""
+        return {part: getattr(self, part) for part in PARTS}
 
     def to(self, device: torch.device | str) -> "AdditiveWeight":
         """The same weight with its tensors on `device`."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from trapetum import additive_fit, cuda, cuda_additive
 from trapetum.additive import ENTRIES, GROUP, AdditiveWeight, dequantized, require_inputs
+from trapetum.calibration import Statistics
 
 _LIBRARY = torch.library.Library("trapetum", "FRAGMENT")
 _LIBRARY.define(
@@ -94,6 +95,7 @@ class AdditiveLinear(nn.Module):
     """
 
     n_codes = ENTRIES
+    outliers = None  # are not kept apart
 
     def __init__(self, in_features, out_features, n_codebooks=2, bias=False, device=None, dtype=None):
         super().__init__()
@@ -218,7 +220,7 @@ def additive_layer(
     weight: Tensor,
     bias: Tensor | None,
     bits: int,
-    hessian: Tensor | None = None,
+    statistics: Statistics | None = None,
     name: str = "layer",
     seed: int = 0,
     iterations: int = additive_fit.ITERATIONS,
@@ -229,11 +231,16 @@ def additive_layer(
         weight: floating [out_features, in_features].
         bias: [out_features], kept as it is, or None.
         bits: 2 or 4, as many codebooks.
-        hessian, seed, iterations: as for `additive_fit.fit`.
+        statistics: of the layer's inputs; without a Hessian the mean squares stand for one, without any the identity.
         name: the layer, for an error.
+        seed, iterations: as for `additive_fit.fit`.
 
     Raises:
         AdditiveFitError: as `additive_fit.fit`.
     """
-    found = additive_fit.fit(weight, bits, hessian, iterations, seed=seed, name=f"{name}.weight")
+    metric = None
+    if statistics is not None:
+        metric = statistics.hessian
+        metric = statistics.mean_square.diag().unsqueeze(0) if metric is None else metric
+    found = additive_fit.fit(weight, bits, metric, iterations, seed=seed, name=f"{name}.weight")
     return AdditiveLinear.from_weight(found.weight, bias), additive_fit.weight_error(weight, found.weight)
