@@ -353,10 +353,10 @@ def test_weight_error_is_logarithmic():
     assert figure.layout.yaxis.type == "log" and {t.name for t in figure.data} >= {"rtn", "lloyd", "kmeans"}
 
 
-def windows_of(factors, method="fp", bits=16):
+def windows_of(factors, method="fp", bits=16, model="builtin"):
     """A perplexity record whose windows are `factors` times ten windows of very different difficulty."""
     base = np.linspace(5.0, 50.0, 10)
-    config = {"model": "builtin", "window": 257, "stride": 256, "tokens": 2560, "bits": bits}
+    config = {"model": model, "window": 257, "stride": 256, "tokens": 2560, "bits": bits}
     samples = base * factors
     value = float(np.exp(np.log(samples).mean()))
     return records.measured("perplexity", samples.tolist(), method, config, H100, {}, value=value)
@@ -586,3 +586,47 @@ def test_the_fastest_dense_product_of_each_place_can_be_the_baseline():
     assert [p.baseline for p in made] == [quick, other]
     assert [p.speedup for p in made] == [2.0, 0.5]
     assert "times faster than fastest dense" in words(figures.speedups([slow, quick, ours], figures.FASTEST))
+
+
+# The accuracy ladder
+
+
+def ladder_records(model, factor):
+    wobble, made = 1 + 0.1 * (np.arange(10) % 2), [windows_of(np.ones(10), model=model)]
+    for bits in (4, 2):
+        for method, rise in (("rtn", 0.4), ("kmeans", 0.2), ("lnq", 0.1 * factor), ("nf4", -0.1)):
+            if (method, bits) != ("nf4", 2):
+                made.append(windows_of(np.exp(rise * wobble / bits), method, bits, model))
+    return made
+
+
+def test_the_ladder_shows_what_is_left_of_the_nearest_codes_loss():
+    rows = [*ladder_records("a", 1.0), *ladder_records("b", 0.5)]
+    left = {(x.record.method, x.record.config["bits"]): x for x in figures.shares(rows[:8])}
+    assert left["kmeans", 4].left == pytest.approx(0.5) and left["lnq", 2].left == pytest.approx(0.25)
+    assert left["kmeans", 4].interval == pytest.approx((0.5, 0.5)) and ("rtn", 4) not in left
+    figure = figures.accuracy_ladder(rows)
+    drawn = [t for t in figure.data if t.y and t.x[0]]
+    assert len(drawn) == 8 and {t.y[0] for t in drawn} == {"kmeans", "lnq"}
+    assert min(t.x[0] for t in drawn) == pytest.approx(12.5)
+    notes = [a.text for a in figure.layout.annotations]
+    assert notes.count("no loss: nf4") == 2 and {"4 bits", "2 bits"} <= set(notes)
+    with pytest.raises(ValueError, match="2 protocols do not compare"):
+        figures.shares(rows)
+
+
+def test_the_ladder_of_divergences_and_of_papers(published):
+    config = {"model": "a", "window": 10, "stride": 10, "tokens": 90, "text": "a", "bits": 4}
+    rows = [
+        records.measured("kl_divergence", values, method, config, H100, {})
+        for method, values in (("rtn", [0.4]), ("lnq", [0.1, 0.2, 0.3]))
+    ]
+    (lnq,) = figures.shares(rows)
+    assert lnq.left == pytest.approx(0.5) and lnq.interval == pytest.approx((0.25, 0.75))
+    papers = records.select(published, quantity="perplexity")
+    figure = figures.accuracy_ladder([], papers)
+    drawn = {t.y[0] for t in figure.data if t.y and t.x[0]}
+    assert {"squeezellm", "ganq"} <= drawn and "lnq-guided" not in drawn  # its window has no round to nearest
+    with pytest.raises(ValueError, match="do not compare"):
+        figures.shares([*rows, *ladder_records("a", 1.0)])
+    assert "No ladder" in figures.accuracy_ladder([]).layout.annotations[0].text

@@ -9,14 +9,13 @@ from torch import nn
 
 from trapetum import quantizing, swap
 from trapetum.calibration import Calibration
-from trapetum.quantizers import METHODS, group_rtn
+from trapetum.quantizers import ADDITIVE, METHODS, group_rtn
 from trapetum.swap import Report
 
 SPARSE = "+sparse"
 OUTLIERS = 0.0045  # share of weights that dense-and-sparse keeps apart, as published for SqueezeLLM
 GROUP = 128
 GROUPED = "rtn-128"
-ADDITIVE = {2: 2, 4: 4}  # bits -> codebooks of 256 vectors of 8 weights
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Rung:
     @property
     def needs(self) -> str:
         """What it needs of calibration: "", "moments", "hessian" or "guided"."""
-        return (
-            METHODS[self.base].needs if self.base in METHODS else "hessian" if self.base == "additive" else ""
-        )
+        if self.base == ADDITIVE:
+            return "hessian"  # it can do without, and is better with it
+        return METHODS[self.base].needs if self.base in METHODS else ""
 
     @property
     def transform(self) -> str:
@@ -56,7 +55,7 @@ class Rung:
     def config(self) -> dict:
         """What a record says of it."""
         scheme: dict = {"bits": self.bits}
-        if self.base in METHODS:
+        if self.base in METHODS and self.base != ADDITIVE:
             scheme["n_codes"] = 2**self.bits
         if self.base == GROUPED:
             scheme["group_size"] = GROUP
@@ -65,7 +64,7 @@ class Rung:
 
 def names() -> list[str]:
     """Every method of the ladder, without the sparse variants."""
-    return [*METHODS, GROUPED, "additive"]
+    return [*METHODS, GROUPED]
 
 
 def rung(method: str, bits: int) -> Rung | None:
@@ -75,11 +74,11 @@ def rung(method: str, bits: int) -> Rung | None:
         ValueError: no such method.
     """
     base = method.removesuffix(SPARSE)
-    if base not in names() or (method != base and base not in METHODS):
+    if base not in names() or (method != base and base in (GROUPED, ADDITIVE)):
         raise ValueError(
             f"no method {method!r} on the ladder; choose one of {', '.join(names())}, or of the codebook methods with {SPARSE}."
         )
-    able = METHODS[base].bits if base in METHODS else ADDITIVE if base == "additive" else range(1, 9)
+    able = METHODS[base].bits if base in METHODS else range(1, 9)
     return Rung(method, base, bits, OUTLIERS if method != base else 0.0) if bits in able else None
 
 

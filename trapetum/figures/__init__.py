@@ -1,6 +1,7 @@
 """Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
 
 from trapetum.figures.accuracy import Loss, codebooks_of_channel, losses, perplexity_by_bits, weight_error
+from trapetum.figures.accuracy_ladder import Share, accuracy_ladder, shares
 from trapetum.figures.agreement import AGREEMENT_HEADINGS, agreement_rows
 from trapetum.figures.batch import batch_cells, batch_map, batch_times, crossover_sentences, crossovers
 from trapetum.figures.by_bytes import speed_by_bytes
@@ -45,6 +46,8 @@ __all__ = [
     "WINDOW_HEADINGS",
     "Loss",
     "Point",
+    "Share",
+    "accuracy_ladder",
     "agreement_rows",
     "batch_cells",
     "batch_map",
@@ -94,6 +97,7 @@ __all__ = [
     "rungs",
     "rungs_in_words",
     "shape_of",
+    "shares",
     "speed_bound",
     "speed_by_bytes",
     "speed_by_context",

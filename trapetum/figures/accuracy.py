@@ -158,12 +158,14 @@ class Loss:
         nats: ln(perplexity / unquantized perplexity): the rise in nats a token.
         interval: 95 % paired bootstrap interval of `nats` over windows, or None where windows are not recorded.
         left: `nats` over that of round-to-nearest at the same bits: the share of its loss that is left, or None.
+        left_interval: 95 % paired bootstrap interval of `left`, or None where the interval of round-to-nearest holds no loss.
     """
 
     record: Record
     nats: float
     interval: tuple[float, float] | None
     left: float | None
+    left_interval: tuple[float, float] | None = None
 
     @property
     def percent(self) -> float:
@@ -194,26 +196,37 @@ def losses(records: Sequence[Record]) -> list[Loss]:
     base = next((r for r in records if r.method == "fp"), None)
     if base is None:
         return []
-    nearest = {bits_of(r): math.log(r.value / base.value) for r in records if r.method == "rtn"}
+    nearest = {bits_of(r): r for r in records if r.method == "rtn"}
     return [_loss(r, base, nearest.get(bits_of(r))) for r in records if r.method != "fp"]
 
 
-def _loss(record: Record, base: Record, nearest: float | None) -> Loss:
+def _loss(record: Record, base: Record, nearest: Record | None) -> Loss:
     nats = math.log(record.value / base.value)
-    left = nats / nearest if nearest and nearest > 0 else None
-    return Loss(record, nats, _paired_interval(record, base), left)
+    worst = math.log(nearest.value / base.value) if nearest else 0.0
+    rise, rises = _drawn_rises(record, base), nearest and _drawn_rises(nearest, base)
+    shown = rises is not None and rise is not None and np.quantile(rises, 0.025) > 0
+    return Loss(
+        record,
+        nats,
+        _percentiles(rise) if rise is not None else None,
+        nats / worst if worst > 0 else None,
+        _percentiles(rise / rises) if shown else None,
+    )
 
 
-def _paired_interval(record: Record, base: Record, n_boot: int = 2000) -> tuple[float, float] | None:
-    """Percentiles of the mean rise over windows drawn with replacement; a window weighs what it scores."""
+def _drawn_rises(record: Record, base: Record, n_boot: int = 2000) -> np.ndarray | None:
+    """Mean rises over windows drawn with replacement, the same draws for every record; a window weighs what it scores."""
     if len(record.samples) != len(base.samples) or len(base.samples) < 2:
         return None
     rise = np.log(record.samples) - np.log(base.samples)
     scored = np.full(len(rise), float(record.config["stride"]))
     scored[0] = record.config["window"] - 1
     drawn = np.random.default_rng(0).integers(0, len(rise), size=(n_boot, len(rise)))
-    means = (rise * scored)[drawn].sum(1) / scored[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    return (rise * scored)[drawn].sum(1) / scored[drawn].sum(1)
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
