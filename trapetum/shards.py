@@ -4,6 +4,7 @@ A checkpoint is `model.safetensors`, or several files that `model.safetensors.in
 for one read and let go, so that the pages of a tensor that was read do not stay in memory.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def _index(path: Path) -> dict[str, str]:
     if len(texts) != len(files) or not files:
         raise ModelError(f"{path} is not an index of shards (weight_map must name files); download it again.")
     for name, file in texts:
-        plain = Path(file).name == file and file.isprintable() and "\\" not in file
+        plain = Path(file).name == file and file.isprintable() and "\\" not in file and len(file) < 256
         if not plain or not file.endswith(".safetensors"):
             raise ModelError(
                 f"{path} puts {shown(name)} into {file[:80]!r}, which is not a .safetensors file of its directory; "
@@ -93,7 +94,7 @@ class Shards:
         self._folder, self.entries = folder, {}
         files = files_of(folder)
         names = [SINGLE] if files is None else sorted(set(files.values()))
-        absent = [name for name in names if not (folder / name).is_file()]
+        absent = [name for name in names if not os.path.isfile(folder / name)]
         if absent:
             raise ModelError(
                 f"{folder} lacks {len(absent)} of {len(names)} shards, {absent[0]} among them; download them again."

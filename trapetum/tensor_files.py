@@ -194,7 +194,7 @@ class TensorFile:
             self.entries, self.metadata = self._header()
         except (OSError, ValueError, RecursionError) as error:
             self.close()
-            size = self.path.stat().st_size
+            size = os.path.getsize(path)
             raise FormatError(
                 f"{path} ({size} bytes) is truncated or not a safetensors file ({_said(error)}); make it again."
             ) from error
