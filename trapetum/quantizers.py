@@ -46,8 +46,8 @@ _LARGEST = torch.finfo(torch.float16).max
 _CHUNK_WEIGHTS = 1 << 24
 
 #: (weight float32 [rows, in], n_codes, statistics or None) -> (codebook [rows, n_codes] rising, codes uint8 [rows, in]
-#: made for the codebook in float16, or None for the nearest).
-Fit = Callable[[Tensor, int, Statistics | None], tuple[Tensor, Tensor | None]]
+#: made for the codebook in float16, or None for the nearest), and from methods that log it what they minimised, step by step.
+Fit = Callable[[Tensor, int, Statistics | None], tuple]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _fit_gptq(weight, n_codes, statistics):
 
 def _fit_lnq(weight, n_codes, statistics):
     fitted = lnq(weight, n_codes, statistics.hessian)
-    return fitted.codebook, fitted.codes
+    return fitted.codebook, fitted.codes, fitted.objective
 
 
 def _fit_additive(weight, n_codes, statistics):
@@ -255,11 +255,12 @@ def _require_statistics(
 
 def _quantize_rows(
     weight: Tensor, method: str, n_codes: int, statistics: Statistics | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[float]]:
     weight = weight.to(torch.float32)
-    codebook, codes = METHODS[method].fit(weight, n_codes, statistics)
+    codebook, codes, *logged = METHODS[method].fit(weight, n_codes, statistics)
     codebook = codebook.to(torch.float16)
-    return kmeans.nearest(weight, codebook) if codes is None else codes, codebook
+    codes = kmeans.nearest(weight, codebook) if codes is None else codes
+    return codes, codebook, logged[0] if logged else []
 
 
 def quantize(
@@ -270,6 +271,7 @@ def quantize(
     statistics: Statistics | None = None,
     name: str = "weight",
     input_weight: Tensor | None = None,
+    objective: list[float] | None = None,
 ) -> CodebookWeight:
     """Quantize a weight matrix, each output channel with its own codebook; the same input gives the same codes.
 
@@ -284,6 +286,7 @@ def quantize(
         name: what to call the tensor in an error.
         input_weight: floating [in_features], at least 0, the mean square of each input: short for statistics with
             nothing else.
+        objective: gets what the method minimised, at its start and after each of its steps, if it tells.
 
     Returns:
         the codes and codebooks, on the weight's device.
@@ -301,7 +304,9 @@ def quantize(
     whole = METHODS[method].needs_hessian  # a Hessian belongs to a group of rows, which chunks would not keep
     rows = [weight] if whole else weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1]))
     parts = [_quantize_rows(part, method, n_codes, statistics) for part in rows]
-    codes, codebook = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if objective is not None:
+        objective += parts[0][2]  # only methods that see all rows at once log one
+    codes, codebook = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     return formats.pack(codes, codebook, bits)
 
 

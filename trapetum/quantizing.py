@@ -27,8 +27,8 @@ from trapetum.calibration import GROUPS, Calibration, CalibrationError, Statisti
 from trapetum.linear import CodebookLinear
 from trapetum.memory import calibration_bytes
 from trapetum.partial import Done, Partial, fingerprint
-from trapetum.quantizers import ADDITIVE, METHODS, require_scheme
-from trapetum.swap import Report, linears, note_method, quantized_layer, replace
+from trapetum.quantizers import METHODS, require_scheme
+from trapetum.swap import Report, linears, note_method, quantized_layer, replace, require_outliers
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -93,11 +93,7 @@ def _scheme(bits, method, n_codes, lm_head, outliers, groups, calibration) -> Sc
         ValueError: none could.
     """
     codes = require_scheme(bits, method, n_codes)
-    if outliers and method == ADDITIVE:
-        raise ValueError(
-            f"outliers ({outliers:g} of the weights) are kept apart beside one codebook a channel, not beside additive ones; "
-            "leave them out, or take another method."
-        )
+    require_outliers(method, outliers)
     if groups < 1:
         raise ValueError(f"groups is {groups}; output rows form at least 1 group.")
     guided = METHODS[method].needs == "guided"
@@ -312,7 +308,7 @@ class _Run:
         self._put(name, done)
 
     def _quantized(self, name: str, layer: nn.Linear, plain, guided) -> Done:
-        scheme, notes = self.scheme, {}
+        scheme, notes, objective = self.scheme, {}, []
         statistics = guided if scheme.needs == "guided" else plain
         made, notes["error"] = quantized_layer(
             layer.weight.detach(),
@@ -323,7 +319,10 @@ class _Run:
             statistics,
             name,
             scheme.outliers,
+            objective,
         )
+        if objective:
+            notes["objective"] = objective
         if plain is not None:
             notes["output_error"] = output_error(layer.weight, made.dequantize(torch.float32), plain)
         return _done(made, notes)

@@ -100,6 +100,22 @@ def _bias(layer: nn.Linear) -> Tensor | None:
     return layer.bias.detach() if layer.bias is not None else None
 
 
+def require_outliers(method: str, outliers: float) -> None:
+    """Refuse a share of outliers that no layer could keep apart; 0 is none.
+
+    Raises:
+        ValueError: out of range, or beside a method that has no place for them.
+    """
+    if not outliers:
+        return
+    sparse.require_share(outliers)
+    if method == ADDITIVE:
+        raise ValueError(
+            f"outliers ({outliers:g} of the weights) are kept apart beside one codebook a channel, not beside additive ones; "
+            "leave them out, or take another method."
+        )
+
+
 def quantized_layer(
     weight: Tensor,
     bias: Tensor | None,
@@ -109,6 +125,7 @@ def quantized_layer(
     statistics: Statistics | None = None,
     name: str = "layer",
     outliers: float = 0.0,
+    objective: list[float] | None = None,
 ) -> tuple[CodebookLinear | AdditiveLinear, float]:
     """The layer of codes of one dense weight, and its relative squared weight error.
 
@@ -118,19 +135,21 @@ def quantized_layer(
         bits, method, n_codes, statistics: as for `trapetum.quantizers.quantize`.
         name: the layer, for an error.
         outliers: share of the weights that is kept apart in float16 (`trapetum.sparse`); 0 for none.
+        objective: gets what the method minimised, step by step, if it tells.
 
     Raises:
         ValueError: as `trapetum.quantizers.quantize` and `trapetum.sparse.split`.
     """
+    require_outliers(method, outliers)
     if method == ADDITIVE:
         require_scheme(bits, method, n_codes)
         return additive_layer(weight, bias, bits, statistics, name)
     name = f"{name}.weight"
     if not outliers:
-        quantized = quantize(weight, bits, method, n_codes, statistics, name=name)
+        quantized = quantize(weight, bits, method, n_codes, statistics, name=name, objective=objective)
         return CodebookLinear.from_weight(quantized, bias), float(weight_error(weight, quantized))
     rest, apart = sparse.split(weight, statistics, outliers, name)
-    quantized = quantize(rest, bits, method, n_codes, statistics, name=name)
+    quantized = quantize(rest, bits, method, n_codes, statistics, name=name, objective=objective)
     quantized, apart = sparse.settle(quantized, apart, name)
     return CodebookLinear.from_weight(quantized, bias, apart), sparse.weight_error(weight, quantized, apart)
 
@@ -144,6 +163,7 @@ def quantize_model(
     lm_head: bool = False,
     calibration: Sequence[Tensor] | None = None,
     progress: bool = True,
+    outliers: float = 0.0,
 ) -> Report:
     """Replace each `nn.Linear` by a `CodebookLinear`, in place and layer by layer, so that one layer at most is held twice.
 
@@ -155,6 +175,8 @@ def quantize_model(
         lm_head: quantize the output head too (a tied embedding keeps its dense weight).
         calibration: rows of token ids, for methods that weigh the inputs; additive codebooks take them or leave them.
         progress: show a progress bar.
+        outliers: share of the weights of each layer that is kept apart in float16 (`trapetum.sparse`), 0 for none; chosen by
+            size, and where there are statistics half by what they add to the output.
 
     Raises:
         ValueError: unknown method, missing calibration, nothing to quantize, or a weight that is NaN or infinite (by name).
@@ -165,13 +187,13 @@ def quantize_model(
 
         wanted = known.needs or method == ADDITIVE
         tokens = made_of(calibration) if wanted and calibration else None
-        return quantize_calibrated(model, bits, method, tokens, n_codes, lm_head, progress)
+        return quantize_calibrated(model, bits, method, tokens, n_codes, lm_head, progress, outliers=outliers)
     start, layers, errors = time.perf_counter(), linears(model, lm_head), {}
     if not layers:
         raise ValueError("the model has no dense linear layers left to quantize; load the dense checkpoint.")
     for name, layer in tqdm(layers, desc=f"quantize to {bits} bits", unit="layer", disable=not progress):
         made, errors[name] = quantized_layer(
-            layer.weight.detach(), _bias(layer), bits, method, n_codes, name=name
+            layer.weight.detach(), _bias(layer), bits, method, n_codes, name=name, outliers=outliers
         )
         replace(model, name, made)
     note_method(model, method)
