@@ -630,3 +630,17 @@ def test_the_ladder_of_divergences_and_of_papers(published):
     with pytest.raises(ValueError, match="do not compare"):
         figures.shares([*rows, *ladder_records("a", 1.0)])
     assert "No ladder" in figures.accuracy_ladder([]).layout.annotations[0].text
+
+
+def test_of_each_model_the_fullest_ladder_is_taken_and_its_other_records_found():
+    short, full = ladder_records("a", 1.0)[:3], ladder_records("a", 0.5)
+    other = [r.replace(config={**r.config, "stride": 128}) for r in short]
+    found = figures.newest_ladders([*other, *full, *ladder_records("b", 1.0)[2:]])
+    assert found.keys() == {"a"} and {r.id for r in found["a"]} == {r.id for r in full}
+    config = {"model": "a", "bits": 4}
+    rows = [
+        records.measured("layer_error", [0.1], method, config | {"model": model}, H100, {})
+        for method, model in (("lnq", "a"), ("awq", "a"), ("lnq", "b"))
+    ]
+    (lnq,) = figures.of_ladder(found["a"], rows, "layer_error")
+    assert lnq.method == "lnq" and figures.of_ladder([], rows, "layer_error") == []

@@ -1,7 +1,7 @@
 """Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
 
 from trapetum.figures.accuracy import Loss, codebooks_of_channel, losses, perplexity_by_bits, weight_error
-from trapetum.figures.accuracy_ladder import Share, accuracy_ladder, shares
+from trapetum.figures.accuracy_ladder import Share, accuracy_ladder, newest_ladders, of_ladder, shares
 from trapetum.figures.agreement import AGREEMENT_HEADINGS, agreement_rows
 from trapetum.figures.batch import batch_cells, batch_map, batch_times, crossover_sentences, crossovers
 from trapetum.figures.by_bytes import speed_by_bytes
@@ -85,6 +85,8 @@ __all__ = [
     "losses",
     "method_and_shape",
     "name_of",
+    "newest_ladders",
+    "of_ladder",
     "on_front",
     "pairs",
     "pareto",

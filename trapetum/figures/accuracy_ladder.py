@@ -8,7 +8,6 @@ from plotly.subplots import make_subplots
 
 from trapetum.figures.accuracy import bits_of, losses, protocol_of
 from trapetum.figures.style import (
-    LOG,
     ROOF_COLOUR,
     add_key,
     colour,
@@ -19,12 +18,15 @@ from trapetum.figures.style import (
     provenance,
     symbol,
 )
-from trapetum.records import Record
+from trapetum.records import Record, latest
 
 #: From the bottom of the ladder to its top: without data, with data, and with more bytes or another kernel.
 ORDER = ("rtn", "rtn-128", "nf4", "lloyd", "kmeans", "rotation", "kmeans-weighted", "awq", "gptq-codebook", "lnq") + (
     "lnq-guided", "kmeans+sparse", "lnq-guided+sparse", "additive", "trellis"
 )  # fmt: skip
+
+
+_TICKS = (0.01, 0.1, 1, 3, 10, 30, 100, 300, 1000)
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,74 @@ def accuracy_ladder(
     )  # fmt: skip
     for at, (name, found) in enumerate(rows, start=1):
         _draw_row(figure, at, name, found, bits, methods)
-    figure.update_xaxes(**LOG)
+    figure.update_xaxes(
+        type="log", tickvals=_TICKS, ticktext=[f"{t:g}" for t in _TICKS], tickangle=0, showticklabels=True
+    )
     figure.update_xaxes(title="% left", row=len(rows))
-    figure.update_layout(showlegend=True, margin={"l": 150, "t": 110})
-    return add_key(figure, shown)
+    figure.update_layout(showlegend=True, margin={"l": 150, "t": 110, "b": 100})
+    return add_key(figure, shown, 75)
+
+
+def protocol_key(record: Record) -> tuple:
+    """What two records must share for their losses to compare: protocol, the very tokens, and the device that scored them."""
+    return record.kind, protocol_of(record), record.config.get("text_sha256"), record.device.get("name")
 
 
 def _by_protocol(records: Sequence[Record]) -> list[list[Record]]:
     groups: dict[tuple, list[Record]] = {}
     for r in records:
-        groups.setdefault((r.kind, protocol_of(r)), []).append(r)
+        groups.setdefault(protocol_key(r), []).append(r)
     return list(groups.values())
+
+
+def newest_ladders(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Of each model the ladder with the most rungs, of equal ones the newest; repeated rungs count once, as they were last.
+
+    Args:
+        records: `perplexity` records, of any models, protocols and devices.
+
+    Returns:
+        by model, the records of one protocol on one device, with `fp` and `rtn` among them.
+    """
+    found: dict[str, list[Record]] = {}
+    for group in _by_protocol([r for r in records if r.quantity == "perplexity" and not r.suspect]):
+        group = latest(group)
+        model, methods = group[0].config.get("model"), {r.method for r in group}
+        if {"fp", "rtn"} <= methods and _worth(group) > _worth(found.get(model, [])):
+            found[model] = group
+    return found
+
+
+def _worth(group: Sequence[Record]) -> tuple[int, str]:
+    return len(group), max((r.utc or "" for r in group), default="")
+
+
+def of_ladder(ladder: Sequence[Record], records: Sequence[Record], quantity: str) -> list[Record]:
+    """The newest records of another quantity of the same rungs: of the same model, device and calibration seeds.
+
+    Args:
+        ladder: `perplexity` records of one protocol.
+        records: where to look.
+        quantity: e.g. `kl_divergence`, `layer_error` or `bits_per_weight`.
+    """
+    rungs = {_rung(r) for r in ladder}
+    scored = (
+        {key: ladder[0].config.get(key) for key in ("window", "stride", "text", "text_sha256")}
+        if ladder
+        else {}
+    )
+    same = [r for r in records if r.quantity == quantity and _rung(r) in rungs and r.kind == ladder[0].kind]
+    return latest(r for r in same if "window" not in r.config or scored.items() <= r.config.items())
+
+
+def _rung(r: Record) -> tuple:
+    return (
+        r.method,
+        r.config.get("model"),
+        r.config.get("bits"),
+        r.config.get("outliers"),
+        r.device.get("name"),
+    )
 
 
 def _named(group: Sequence[Record]) -> str:
@@ -173,7 +232,7 @@ def _point(x: Share) -> go.Scatter:
     marker = {"symbol": symbol(x.record), "color": colour(method), "size": 11}
     bars = {
         "type": "data", "symmetric": False, "thickness": 1.4, "width": 4, "color": colour(method),
-        "array": [max(0.0, 100 * high - value)], "arrayminus": [min(max(0.0, value - 100 * low), 0.98 * max(value, 0.0))],
+        "array": [max(0.0, 100 * high - value)], "arrayminus": [min(max(0.0, value - 100 * low), 0.9 * max(value, 0.0))],
     }  # fmt: skip
     text = f"<b>{digits(value)} % of rtn's left</b>" + (
         f", {digits(100 * low)} to {digits(100 * high)} %" if x.interval else ""
