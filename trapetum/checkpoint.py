@@ -42,7 +42,19 @@ def quantization_config(model: nn.Module) -> dict:
     recipe = getattr(model, "trapetum_quantization", None) or {}
     recipe = {key: value for key, value in recipe.items() if key != "method"}
     config |= {"exceptions": exceptions} if exceptions else {}
+    share = _outlier_share(model)
+    config |= {"outliers": share} if share else {}
     return config | ({"recipe": recipe} if recipe else {}) | {"written_by": versions()}
+
+
+def _outlier_share(model: nn.Module) -> float:
+    shares = {layer.outlier_share for _, layer in codebook_layers(model)} or {0.0}
+    if len(shares) > 1:
+        raise ModelError(
+            f"the layers keep different shares of outliers apart ({', '.join(f'{s:g}' for s in sorted(shares))}), and a "
+            "directory holds one; quantize all of them with the same."
+        )
+    return shares.pop()
 
 
 def versions() -> dict[str, str]:
@@ -73,6 +85,8 @@ def _dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         if name not in tied or tensor is not model.get_input_embeddings().weight
     }
     state |= {f"{name}.bias": m.bias for name, m in codebook_layers(model) if m.bias is not None}
+    apart = {name: m.outliers.tensors() for name, m in codebook_layers(model) if m.outliers is not None}
+    state |= {f"{name}.{part}": tensor for name, parts in apart.items() for part, tensor in parts.items()}
     return {name: tensor.clone().cpu() for name, tensor in state.items() if name not in codes}
 
 

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trapetum import stored
+from trapetum import sparse, stored
 from trapetum.formats import BITS
 from trapetum.linear import CodebookLinear
 from trapetum.swap import note_method
@@ -38,6 +38,7 @@ class TrapetumConfig(QuantizationConfigMixin):
         method: the quantizer that made the codes.
         modules_to_not_convert: names of linear layers that stayed dense.
         exceptions: {layer name: [bits, n_codes]} of layers with another scheme.
+        outliers: share of the weights that every codebook layer keeps apart in float16; 0 for none.
         recipe: what the codes were made from: calibration text with its hash, sequences, length, seed, groups; or the
             checkpoint that they were imported from. None for methods without data.
         written_by: versions of the libraries that wrote the directory, or None.
@@ -55,6 +56,7 @@ class TrapetumConfig(QuantizationConfigMixin):
         method="kmeans",
         modules_to_not_convert=(),
         exceptions=None,
+        outliers=0.0,
         recipe=None,
         written_by=None,
         sha256=None,
@@ -68,6 +70,7 @@ class TrapetumConfig(QuantizationConfigMixin):
         )
         exceptions = _typed("exceptions", exceptions or {}, dict)
         self.exceptions = {name: list(_scheme(name, *_pair(name, e))) for name, e in exceptions.items()}
+        self.outliers = _share(outliers)
         self.recipe = _typed("recipe", recipe, (dict, type(None)))
         self.written_by = _typed("written_by", written_by, (dict, type(None)))
         self.sha256 = _typed("sha256", sha256, (dict, type(None)))
@@ -87,6 +90,7 @@ class TrapetumConfig(QuantizationConfigMixin):
         """For config.json, without what holds only for the files that were read."""
         fields = super().to_dict()
         gone = {"sha256", "written_by"} | ({"recipe"} if self.recipe is None else set())
+        gone |= set() if self.outliers else {"outliers"}
         return {name: value for name, value in fields.items() if name not in gone}
 
 
@@ -120,6 +124,15 @@ def _scheme(name: str, bits, n_codes) -> tuple[int, int]:
     return bits, n_codes
 
 
+def _share(outliers) -> float:
+    if type(outliers) not in (int, float) or not 0 <= outliers <= sparse.MOST:
+        raise ValueError(
+            f"quantization_config has outliers {str(outliers)[:20]!r}; a share is 0 to {sparse.MOST:g}, so quantize the model "
+            "again."
+        )
+    return float(outliers)
+
+
 class TrapetumQuantizer(HfQuantizer):
     """Puts empty `CodebookLinear` modules in place before transformers reads the stored codes into them."""
 
@@ -134,7 +147,8 @@ class TrapetumQuantizer(HfQuantizer):
         for name, layer in linears:
             if name not in config.modules_to_not_convert:
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, _empty(layer, *config.scheme(name)))
+                made = _empty(layer, *config.scheme(name), config.outliers)
+                setattr(model.get_submodule(parent), leaf, made)
         note_method(model, config.method, {"method": config.method} | (config.recipe or {}))
         if checkpoint_files:
             stored.check(model, [Path(file) for file in checkpoint_files], config.sha256)
@@ -158,7 +172,7 @@ class TrapetumQuantizer(HfQuantizer):
         return False
 
 
-def _empty(layer: nn.Linear, bits: int, n_codes: int) -> CodebookLinear:
+def _empty(layer: nn.Linear, bits: int, n_codes: int, outliers: float) -> CodebookLinear:
     with torch.device(layer.weight.device):
         return CodebookLinear(
             layer.in_features,
@@ -167,6 +181,7 @@ def _empty(layer: nn.Linear, bits: int, n_codes: int) -> CodebookLinear:
             n_codes,
             bias=layer.bias is not None,
             dtype=layer.weight.dtype,
+            outliers=outliers,
         )
 
 

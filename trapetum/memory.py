@@ -4,6 +4,7 @@ from trapetum.shapes import FORMATS, KV_BLOCK, ModelShape, matrix_bytes, require
 
 _HALF = 2  # bytes of an fp16 or bf16 number
 _FLOAT = 4
+_NARROW = 1 << 16  # inputs that a 2-byte column can name
 _TILE = 16  # tokens that a 16-bit cache is rounded up to
 _RING = 128  # tokens that a quantized cache also holds in 16 bits
 
@@ -28,14 +29,26 @@ def cache_bytes(shape: ModelShape, context: int, kv: str = "fp16") -> int:
     return shape.layers * blocks * shape.kv_block_bytes(kv) + shape.kv_bytes(_RING)
 
 
-def _linear_bytes(shape: ModelShape, fmt: str) -> int:
-    layer = sum(matrix_bytes(inputs, outputs, fmt) for _, inputs, outputs in shape.linears())
+def _outlier_bytes(inputs: int, outputs: int, share: float) -> int:
+    """Values, columns and row starts of what a matrix keeps apart, as `trapetum.sparse` stores them."""
+    if not share:
+        return 0
+    entry = _HALF + (_HALF if inputs <= _NARROW else _FLOAT)
+    return entry * max(1, round(share * outputs * inputs)) + 4 * (outputs + 1)
+
+
+def _matrix(inputs: int, outputs: int, fmt: str, outliers: float) -> int:
+    return matrix_bytes(inputs, outputs, fmt) + _outlier_bytes(inputs, outputs, outliers)
+
+
+def _linear_bytes(shape: ModelShape, fmt: str, outliers: float) -> int:
+    layer = sum(_matrix(inputs, outputs, fmt, outliers) for _, inputs, outputs in shape.linears())
     return shape.layers * layer + _HALF * (shape.bias_weights + shape.norm_weights)
 
 
-def _head_bytes(shape: ModelShape, fmt: str, lm_head: bool) -> int:
+def _head_bytes(shape: ModelShape, fmt: str, lm_head: bool, outliers: float) -> int:
     if lm_head:
-        return matrix_bytes(shape.hidden, shape.vocab, fmt)
+        return _matrix(shape.hidden, shape.vocab, fmt, outliers)
     return 0 if shape.tied_embeddings else _HALF * shape.lm_head_weights
 
 
@@ -67,6 +80,7 @@ def memory_estimate(
     lm_head: bool = False,
     rows: int = 1,
     prompt: int = 0,
+    outliers: float = 0.0,
 ) -> dict[str, int]:
     """Bytes that a 16-bit or codebook model takes while it decodes, by part; their sum is the expected peak.
 
@@ -78,6 +92,7 @@ def memory_estimate(
         lm_head: codes in the output head too.
         rows: tokens fed at once in a step.
         prompt: tokens of a prompt that goes through the layers at once; 0 leaves the prefill out.
+        outliers: share of the weights kept apart in fp16 beside codes (`trapetum.sparse`); 0 for none.
 
     Returns:
         "weights" (linears with codebooks and biases, norms), "embedding", "output head" (0 where it is the embedding),
@@ -95,9 +110,9 @@ def memory_estimate(
     if context < 1:
         raise ValueError(f"the context is {context}; a cache holds at least 1 token.")
     return {
-        "weights": _linear_bytes(shape, fmt),
+        "weights": _linear_bytes(shape, fmt, outliers if bits else 0.0),
         "embedding": _HALF * shape.embedding_weights,
-        "output head": _head_bytes(shape, fmt, lm_head and bits is not None),
+        "output head": _head_bytes(shape, fmt, lm_head and bits is not None, outliers),
         "KV cache": cache_bytes(shape, context, kv),
         "activations": _step_bytes(shape, context, rows),
         "prefill": _prefill_bytes(shape, bits is None, prompt),

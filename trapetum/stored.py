@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trapetum import formats
+from trapetum import formats, sparse
 from trapetum.checkpoint import OWNER, ModelError, config_digest
 from trapetum.formats import CodebookWeight, FormatError
 from trapetum.linear import CodebookLinear
@@ -302,6 +302,9 @@ def _require_values(prefix: str, module: nn.Module, parts: Parts) -> None:
         try:
             weight = CodebookWeight(parts["codes"], parts["codebook"], module.in_features, module.bits)
             weight.require_values()
+            if module.outlier_share:
+                apart = (parts[name] for name in sparse.PARTS)
+                sparse.Outliers(*apart, module.in_features, module.outlier_share).check()
         except FormatError as error:
             raise FormatError(f"{prefix}: {error}") from error
 

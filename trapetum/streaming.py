@@ -18,7 +18,7 @@ from trapetum.checkpoint import ModelError
 from trapetum.linear import CodebookLinear
 from trapetum.quantizers import METHODS, require_scheme
 from trapetum.shards import Shards
-from trapetum.swap import HEAD, Report, linears, note_method, quantized_layer, replace
+from trapetum.swap import HEAD, Report, linears, note_method, quantized_layer, replace, require_outliers
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"
@@ -37,12 +37,14 @@ class QuantizeSpec:
         method: a name of `trapetum.quantizers.METHODS` that needs no calibration.
         n_codes: codebook entries per output channel; default 2**bits.
         lm_head: quantize the output head too (a tied embedding keeps its dense weight).
+        outliers: share of the weights of each layer that is kept apart in float16 (`trapetum.sparse`); 0 for none.
     """
 
     bits: int = 4
     method: str = "kmeans"
     n_codes: int | None = None
     lm_head: bool = False
+    outliers: float = 0.0
 
 
 def require_streamable(spec: QuantizeSpec) -> None:
@@ -61,6 +63,7 @@ def require_streamable(spec: QuantizeSpec) -> None:
             f"{how if method.needs else 'use quantize_model on the dense model'}, or use one of {free}."
         )
     require_scheme(spec.bits, spec.method, spec.n_codes)
+    require_outliers(spec.method, spec.outliers)
 
 
 class _Filling:
@@ -111,7 +114,7 @@ class _Filling:
         weight = self._take(f"{name}.weight", layer.weight, False).detach()
         bias = None if layer.bias is None else self._take(f"{name}.bias", layer.bias, True)
         made, self.errors[name] = quantized_layer(
-            weight, bias, spec.bits, spec.method, spec.n_codes, name=name
+            weight, bias, spec.bits, spec.method, spec.n_codes, name=name, outliers=spec.outliers
         )
         replace(self._model, name, made)
 

@@ -58,7 +58,9 @@ class Variant:
         if self._width == 2:
             bits = self.config["bits"] if self.config["linears"] == "codebook" else None
             coded_head = self.config.get("lm_head") == "codebook"
-            return sum(models.memory_estimate(shape, bits, context, kv, coded_head, rows, prompt).values())
+            apart = self.config.get("outliers", 0.0)
+            parts = models.memory_estimate(shape, bits, context, kv, coded_head, rows, prompt, apart)
+            return sum(parts.values())
         return swap.weight_bytes(self.loaded.model) + int(shape.kv_bytes(context, self._width, kv))
 
 
@@ -201,6 +203,8 @@ def codebook_variant(
             swap.quantize_model(loaded.model, bits, lm_head=lm_head, progress=False)
     _, layer = next(iter(swap.codebook_layers(loaded.model)))
     config = {"model": name, "bits": layer.bits, "n_codes": layer.n_codes, "linears": "codebook"}
+    if layer.outlier_share:
+        config["outliers"] = layer.outlier_share
     return Variant(
         "codebook", loaded, {**config, "dtype": dtype, "lm_head": "codebook" if lm_head else dtype}
     )
