@@ -26,7 +26,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     except (BuildError, OSError) as error:
         return None, str(error)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.trapetum_descent.argtypes = [pointer] * 4 + [size, number, number, size, number] + [pointer] * 2
+    sizes = [size, number, number, size, size, size, number]
+    library.trapetum_descent.argtypes = [pointer] * 4 + sizes + [pointer] * 2
     library.trapetum_descent.restype = None
     return library, ""
 
@@ -41,86 +42,84 @@ def _cuda_ready() -> bool:
 
 
 def sweep_torch(
-    target: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, old: Tensor | None
+    slope: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor | None
 ) -> Tensor:
     """What the kernels compute, in float64 and column by column: see `sweep`."""
-    target, feedback, book = target.double(), feedback.double(), codebook.double()
+    target, feedback, book = slope.double(), feedback.double(), codebook.double()
+    start = None
+    if scale is not None:
+        start = book.gather(1, codes.long())
+        target, feedback = start + target * scale, feedback * scale
     middle = ((book[:, 1:] + book[:, :-1]) / 2).contiguous()
-    change = torch.empty_like(target)
+    step = torch.empty_like(target)
     for j in range(target.shape[1]):
-        chosen = torch.searchsorted(middle, target[:, j : j + 1].contiguous())
-        codes[:, j] = chosen[:, 0].to(torch.uint8)
-        change[:, j] = (book.gather(1, chosen) - (target if old is None else old.double())[:, j : j + 1])[
-            :, 0
-        ]
-        target[:, j + 1 :] += change[:, j : j + 1] * feedback[j, j + 1 :]
-    return change.float()
+        column = target[:, j : j + 1].contiguous()
+        chosen = torch.searchsorted(middle, column)
+        codes[:, j : j + 1] = chosen.to(torch.uint8)
+        step[:, j : j + 1] = book.gather(1, chosen) - (column if start is None else start[:, j : j + 1])
+        target[:, j + 1 :] += step[:, j : j + 1] * feedback[j, j + 1 :]
+    return step.float()
 
 
-def _sweep_c(target: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, old: Tensor | None) -> Tensor:
-    change = torch.empty_like(target)
-    (rows, width), k = target.shape, codebook.shape[1]
-    inputs = (target, feedback, codebook, old)
-    _library()[0].trapetum_descent(
-        *(None if t is None else t.data_ptr() for t in inputs),
-        *(rows, width, k, codes.stride(0), torch.get_num_threads()),
-        *(codes.data_ptr(), change.data_ptr()),
-    )
-    return change
+def _sizes(slope: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor) -> tuple[int, ...]:
+    return (*slope.shape, codebook.shape[1], slope.stride(0), feedback.stride(0), codes.stride(0))
+
+
+def _sweep_c(
+    slope: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor | None
+) -> Tensor:
+    step = torch.empty(slope.shape)
+    inputs = [None if t is None else t.data_ptr() for t in (slope, feedback, codebook, scale)]
+    sizes = (*_sizes(slope, feedback, codebook, codes), torch.get_num_threads())
+    _library()[0].trapetum_descent(*inputs, *sizes, codes.data_ptr(), step.data_ptr())
+    return step
 
 
 def _sweep_cuda(
-    target: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, old: Tensor | None
+    slope: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor | None
 ) -> Tensor:
-    change = torch.empty_like(target)
-    (rows, width), k = target.shape, codebook.shape[1]
-    entries = 1 if k <= _LANES else 8
-    inputs = [pointer(t) for t in (target, feedback, codebook, old)]
-    sizes = [integer(size) for size in (rows, width, k, codes.stride(0))]
-    run = kernel(CUDA_SOURCE, "trapetum_descent", (f"ENTRIES={entries}",), target.device.index)
-    grid, block = (-(-rows // _WARPS), 1, 1), (_LANES * _WARPS, 1, 1)
-    run.launch(grid, block, 0, [*inputs, *sizes, pointer(codes), pointer(change)])
-    return change
+    step = torch.empty(slope.shape, device=slope.device)
+    entries = 1 if codebook.shape[1] <= _LANES else 8
+    inputs = [pointer(t) for t in (slope, feedback, codebook, scale)]
+    sizes = [integer(size) for size in _sizes(slope, feedback, codebook, codes)]
+    run = kernel(CUDA_SOURCE, "trapetum_descent", (f"ENTRIES={entries}",), slope.device.index)
+    grid, block = (-(-len(slope) // _WARPS), 1, 1), (_LANES * _WARPS, 1, 1)
+    run.launch(grid, block, 0, [*inputs, *sizes, pointer(codes), pointer(step)])
+    return step
 
 
-def sweep(target: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, old: Tensor | None) -> Tensor:
+def _side_by_side(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def sweep(slope: Tensor, feedback: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
     """Give each weight of a block, column after column, the code nearest to its target.
 
-    The step that a weight takes, times `feedback`, moves the targets of the columns behind it.
+    Without a scale the target is `slope`, and a weight's step away from it, times `feedback`, moves the targets of the
+    columns behind it. With one the target is the weight's value plus `slope * scale`, the step is taken from that value,
+    and moves the other targets by `feedback * scale`.
 
     Args:
-        target: float32 [rows, width], width at most `BLOCK`.
+        slope: float32 [rows, width], width at most `BLOCK`.
         feedback: float32 [width, width]; read above the diagonal.
         codebook: float32 [rows, k], rising, k at most 256.
-        codes: uint8 [rows, width], rows at any distance; overwritten.
-        old: float32 [rows, width], the values that the steps start from; None for the targets.
+        codes: uint8 [rows, width]; overwritten; with a scale they hold the codes before.
+        scale: float32 [width], contiguous, or None.
+        (The rows of codes may lie at any distance, the codes of a row side by side.)
 
     Returns:
-        float32 [rows, width], the steps: the new value less the old one.
+        float32 [rows, width], the steps: the new value less the target, or with a scale less the old value.
     """
-    arguments = [t if t is None else t.contiguous() for t in (target, feedback, codebook)]
-    old = None if old is None else old.contiguous()
-    if target.is_cuda and _cuda_ready():
-        return _sweep_cuda(*arguments, codes, old)
-    if target.device.type == "cpu" and _library()[0] is not None:
-        return _sweep_c(*arguments, codes, old)
-    return sweep_torch(*arguments, codes, old)
+    assert codes.stride(1) == 1 or codes.shape[1] == 1, "the kernels write the codes of a row side by side"
+    arguments = _side_by_side(slope), _side_by_side(feedback), codebook.contiguous(), codes, scale
+    if slope.is_cuda and _cuda_ready():
+        return _sweep_cuda(*arguments)
+    if slope.device.type == "cpu" and _library()[0] is not None:
+        return _sweep_c(*arguments)
+    return sweep_torch(*arguments)
 
 
 # --- coordinate descent --------------------------------------------------------------------------------------------
-
-
-def _descend_block(
-    hessian: Tensor, codebook: Tensor, codes: Tensor, gradient: Tensor, columns: slice
-) -> None:
-    # Along one weight the error is a parabola with its lowest point at w'_j - gradient_j / H_jj; of the codes the
-    # nearest to it is best. A step d of weight j moves gradient_i by d * H_ji, so the lowest point of weight i by
-    # -d * H_ji / H_ii.
-    old = codebook.gather(1, codes[:, columns].long())
-    scale = -1 / hessian.diagonal()[columns]
-    target = torch.addcmul(old, gradient[:, columns], scale)
-    change = sweep(target, hessian[columns, columns] * scale, codebook, codes[:, columns], old)
-    gradient.addmm_(change, hessian[columns])
 
 
 def descend(hessian: Tensor, codebook: Tensor, codes: Tensor, gradient: Tensor, cycles: int) -> None:
@@ -133,9 +132,14 @@ def descend(hessian: Tensor, codebook: Tensor, codes: Tensor, gradient: Tensor, 
         gradient: float32 [rows, in], (w' - w) H for these codes; overwritten.
         cycles: over all columns, at most; it ends where nothing moves.
     """
+    # Along one weight the error is a parabola with its lowest point at w'_j - gradient_j / H_jj, and the code nearest to
+    # it is best. A step d of weight j raises gradient_i by d * H_ji, so that the lowest point of weight i moves too.
+    scale = -1 / hessian.diagonal()
     for _ in range(cycles):
         before = codes.clone()
         for first in range(0, codes.shape[1], BLOCK):
-            _descend_block(hessian, codebook, codes, gradient, slice(first, first + BLOCK))
+            at = slice(first, first + BLOCK)
+            step = sweep(gradient[:, at], hessian[at, at], codebook, codes[:, at], scale[at])
+            gradient.addmm_(step, hessian[at])
         if torch.equal(before, codes):
             return

@@ -51,7 +51,7 @@ def feedback(hessian: Tensor) -> Feedback:
         )
     identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
     inverse = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
-    return Feedback(order, (inverse / inverse.diagonal().unsqueeze(1)).float())
+    return Feedback(order, (inverse / inverse.diagonal().unsqueeze(1)).float().contiguous())
 
 
 def feed_back(weight: Tensor, codebook: Tensor, of: Feedback) -> Tensor:
@@ -65,12 +65,12 @@ def feed_back(weight: Tensor, codebook: Tensor, of: Feedback) -> Tensor:
     Returns:
         uint8 [rows, in].
     """
-    target = weight[:, of.order]
+    target = weight.index_select(1, of.order)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for first in range(0, weight.shape[1], BLOCK):
         columns, behind = slice(first, first + BLOCK), slice(first + BLOCK, None)
-        change = sweep(target[:, columns], of.matrix[columns, columns], codebook, codes[:, columns], None)
-        target[:, behind].addmm_(change, of.matrix[columns, behind])
+        step = sweep(target[:, columns], of.matrix[columns, columns], codebook, codes[:, columns], None)
+        target[:, behind].addmm_(step, of.matrix[columns, behind])
     return torch.empty_like(codes).index_copy_(1, of.order, codes)
 
 

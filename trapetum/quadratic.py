@@ -77,10 +77,13 @@ def form(hessian: Tensor, ridge: float = RIDGE) -> Form:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within this context float32 products are float32 products: no TF32, whatever the process has allowed."""
-    before = torch.get_float32_matmul_precision()
+    """Within this context products of float32 are no TF32, and bfloat16 ones are summed in float32, whatever is allowed."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision(), matmul.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
+    matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        matmul.allow_bf16_reduced_precision_reduction = before[1]
