@@ -61,13 +61,13 @@ def test_the_largest_are_taken_and_the_rest_is_as_it_was(dtype):
     assert float(kept.abs().max()) <= float(apart.values.abs().min())
 
 
-def test_with_statistics_half_are_what_adds_most_to_the_output():
+def test_with_statistics_a_ninth_are_what_adds_most_to_the_output():
     weight = torch.full((8, 64), 0.5)
     mean_square = torch.ones(64)
     mean_square[7] = 2
     weight[:, 9] = 0.6  # larger, but adds less than input 7 does
-    _, apart = sparse.split(weight, SimpleNamespace(mean_square=mean_square), 16 / 512)
-    assert apart.columns.tolist() == [7, 9] * 8
+    _, apart = sparse.split(weight, SimpleNamespace(mean_square=mean_square), 10 / 512)
+    assert apart.columns.tolist() == [0, 7, *[9] * 8]
     _, plain = sparse.split(weight, None, 8 / 512)
     assert plain.columns.tolist() == [9] * 8
     _, one = sparse.split(weight, SimpleNamespace(mean_square=mean_square), 1 / 512)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from trapetum.formats import CodebookWeight, FormatError, pack
 
-#: What SqueezeLLM keeps apart: 0.4 % by magnitude and 0.05 % by sensitivity.
+#: What SqueezeLLM keeps apart: 0.4 % by magnitude, and 0.05 %, a ninth of all, by sensitivity.
 SHARE = 0.0045
+_SENSITIVE = 1 / 9
 MOST = 0.5  # a matrix with more apart is better stored dense
 #: Names of the tensors in a file, behind the weight's name, and the attributes of `Outliers` that they are.
 PARTS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_rows": "starts"}
@@ -232,7 +233,7 @@ def _mean_square(statistics, weight: Tensor, name: str) -> Tensor:
 
 def _sensitive_and_large(size: Tensor, mean_square: Tensor, entries: int) -> Tensor:
     """Flat places, rising; overwrites `size`."""
-    sensitive = _largest(size.square() * mean_square, -(-entries // 2))
+    sensitive = _largest(size.square() * mean_square, max(1, round(entries * _SENSITIVE)))
     if len(sensitive) == entries:
         return sensitive
     size.view(-1)[sensitive] = -1
@@ -254,8 +255,8 @@ def split(
 ) -> tuple[Tensor, Outliers]:
     """Take the weights that matter most out of a matrix.
 
-    Half of them are those that add most to the output's energy, w^2 times its input's mean square; the other half, and without
-    statistics all, are the largest of the rest, which stretch the codebook. SqueezeLLM takes a ninth by sensitivity.
+    With statistics a ninth of them, as in SqueezeLLM, are those that add most to the output's energy, w^2 times the input's
+    mean square. The others, and without statistics all, are the largest of the rest: those stretch the codebook.
 
     Args:
         weight: floating [out_features, in_features], finite.

@@ -176,7 +176,7 @@ def quantize_model(
         calibration: rows of token ids, for methods that weigh the inputs; additive codebooks take them or leave them.
         progress: show a progress bar.
         outliers: share of the weights of each layer that is kept apart in float16 (`trapetum.sparse`), 0 for none; chosen by
-            size, and where there are statistics half by what they add to the output.
+            size, and where there are statistics a ninth by what they add to the output.
 
     Raises:
         ValueError: unknown method, missing calibration, nothing to quantize, or a weight that is NaN or infinite (by name).
