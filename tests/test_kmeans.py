@@ -165,6 +165,14 @@ def test_binned_is_near_the_optimum(n, k, bins, worst, weighted):
     assert 1 - 1e-6 <= ratio.min() and ratio.max() < worst
 
 
+def test_the_optimality_gap_of_a_thousand_rows():
+    """16 bins a code, half of what 16 codes get on a GPU, against the oracle."""
+    values = torch.cat([torch.randn(500, 1000), heavy_tailed(500, 1000)])
+    best = torch.tensor([oracle_error(row, 8) for row in values], dtype=torch.float64)
+    gaps = kmeans_1d(values, 8, bins=128)[2] / best - 1
+    assert gaps.median() <= 0.001 and gaps.max() <= 0.005 and gaps.min() > -1e-5
+
+
 @settings(deadline=None, max_examples=60)
 @given(row=values_lists, k=st.integers(1, 20))
 def test_binned_is_the_optimum_on_short_rows(row, k):
@@ -393,6 +401,16 @@ def test_kernel_equals_its_twin_and_nears_the_optimum(monkeypatch, rows, n, k, w
     assert bool((found <= best * (1.06 if k > 64 else 1.02 if k > 16 else 1.002) + 1e-9).all())
     if n <= 512:
         torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+def test_the_optimality_gap_of_a_thousand_rows_of_a_7b_model(tails):
+    values = torch.randn(1000, 4096) if tails == "normal" else heavy_tailed(1000, 4096)
+    best = kmeans_1d(values, 16)[2]  # the C optimum; a sample of it against the oracle
+    assert best[:50].tolist() == pytest.approx([oracle_error(row, 16) for row in values[:50]], rel=1e-5)
+    gaps = kmeans_1d(values.cuda(), 16)[2].cpu() / best - 1
+    assert gaps.median() <= 0.001 and gaps.max() <= 0.005 and gaps.min() > -1e-5
 
 
 @pytest.mark.gpu
