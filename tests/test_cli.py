@@ -28,6 +28,7 @@ COMMANDS = [
     ["bench", "standalone"],
     ["tune"],
     ["quantize"],
+    ["import"],
     ["generate"],
     ["export"],
     ["perplexity"],
@@ -48,7 +49,7 @@ def test_help_has_an_example(command):
 
 def test_every_command_is_among_them():
     named = {
-        (*at, c.callback.__name__)
+        (*at, c.name or c.callback.__name__)
         for at, group in (((), app), (("bench",), bench_app))
         for c in group.registered_commands
     }

@@ -55,12 +55,12 @@ def _one_sentence(command: Callable) -> Callable:
     return guarded
 
 
-def _command(parent: typer.Typer, example: str) -> Callable:
-    """Register a command with an example under its help."""
+def _command(parent: typer.Typer, example: str, name: str | None = None) -> Callable:
+    """Register a command with an example under its help; `name` where the function's is a word of Python."""
 
     def register(function: Callable) -> Callable:
         guarded = _one_sentence(function)
-        return parent.command(epilog=f"Example: {example}")(guarded)
+        return parent.command(name, epilog=f"Example: {example}")(guarded)
 
     return register
 
@@ -757,6 +757,29 @@ def quantize(
     if done.mean_output_error is not None:
         typer.echo(f"mean relative squared output error {done.mean_output_error:.3e}")
     typer.echo(f"{folder}: {size / 1e6:.2f} MB of safetensors")
+
+
+@_command(app, "trapetum import Llama-2-7B-GPTQ out/llama-2-7b-gptq", "import")
+def import_(
+    directory: Annotated[
+        Path, typer.Argument(help="A GPTQ, AWQ or AQLM checkpoint: config.json, safetensors.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new directory for the converted model.")],
+    json_output: Json = False,
+) -> None:
+    """Convert a GPTQ, AWQ or AQLM checkpoint to codebooks exactly, or say why it cannot be and what to do.
+
+    GPTQ (2, 3, 4, 8 bits) and AWQ (4 bits) need one scale and zero point per output channel (group_size -1); scales for groups
+    of inputs are refused, since a codebook belongs to a whole channel. AQLM is read with 2x8 and 4x8 codebooks.
+    """
+    from trapetum import imports
+
+    done = imports.import_model(directory, out, progress=not json_output)
+    if json_output:
+        typer.echo(json.dumps(asdict(done) | {"folder": str(done.folder)}, indent=1))
+        return
+    typer.echo(f"{done.layers} layers of {done.bits} bits, as they were in {done.method}")
+    typer.echo(f"{done.folder}: {done.nbytes / 1e6:.2f} MB of safetensors")
 
 
 @_command(app, 'trapetum generate builtin --prompt "Return a" -n 60')

@@ -177,10 +177,11 @@ def _from_pretrained(source: str, name: str, dtype):
         output_loading_info=True,
     )
     _require_complete(found["missing_keys"], name)  # transformers would fill them with random numbers
-    return config, model, _tokenizer(source)
+    return config, model, tokenizer_of(source)
 
 
-def _tokenizer(source: str):
+def tokenizer_of(source: str):
+    """The tokenizer of a directory or hub model, or None where a directory holds none."""
     from transformers import AutoTokenizer
 
     if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
@@ -198,13 +199,14 @@ def _quantized(folder: Path, config, name: str, kind: str, device, dtype, spec, 
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name} is quantized already; load it as it is, or quantize the dense checkpoint.")
     with _one_sentence(folder):  # before the long part
-        tokenizer, generation = _tokenizer(str(folder)), _generation_config(folder)
+        tokenizer, generation = tokenizer_of(str(folder)), generation_config_of(folder)
     model, report = load_quantized(folder, config, device, dtype, spec, progress)
     model.generation_config = generation
     return Loaded(model, tokenizer, name, shape_of(config, name), kind, report)
 
 
-def _generation_config(folder: Path):
+def generation_config_of(folder: Path):
+    """What a directory says of generation, in a file of its own or in config.json."""
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
@@ -226,8 +228,8 @@ def _one_sentence(folder: Path) -> Iterator[None]:
 def _stored(folder: Path, fields: dict, name: str, kind: str, device, dtype) -> Loaded:
     model = read_model(folder, fields, device, dtype)
     with _one_sentence(folder):
-        model.generation_config = _generation_config(folder)
-        return Loaded(model, _tokenizer(str(folder)), name, shape_of(model.config, name), kind)
+        model.generation_config = generation_config_of(folder)
+        return Loaded(model, tokenizer_of(str(folder)), name, shape_of(model.config, name), kind)
 
 
 def _directory(folder: Path, name: str, kind: str, device, dtype, spec, progress) -> Loaded:

@@ -1,6 +1,8 @@
 """A directory that `checkpoint.save` wrote, as a model: read once, tensor by tensor, and checked on the way."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,7 +50,12 @@ def _require_no_code(folder: Path, fields: dict) -> None:
             )
 
 
-def _dtype(folder: Path, fields: dict, asked: torch.dtype | None) -> torch.dtype:
+def dtype_of(folder: Path, fields: dict, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of dense weights and activations: the one asked for, or the config's.
+
+    Raises:
+        ModelError: the config names no floating-point dtype.
+    """
     stored = fields.get("dtype", fields.get("torch_dtype")) or "float32"
     if asked is None and stored not in _FLOATS:
         raise ModelError(
@@ -57,9 +64,35 @@ def _dtype(folder: Path, fields: dict, asked: torch.dtype | None) -> torch.dtype
     return asked or _FLOATS[stored]
 
 
-def _skeleton(folder: Path, fields: dict, dtype: torch.dtype, quantizer) -> nn.Module:
+@contextmanager
+def buildable(folder: Path) -> Iterator[None]:
+    """What transformers and torch raise about a config that no model can be made from becomes a `ModelError`."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # of many types, some of their own
+        raise ModelError(
+            f"{folder / CONFIG} describes no model that can be made ({_first_sentence(error)}); copy it again."
+        ) from error
+
+
+def skeleton(folder: Path, fields: dict, dtype: torch.dtype, quantizer=None) -> nn.Module:
+    """The model that a config.json describes, on the meta device.
+
+    Args:
+        folder: the directory.
+        fields: of its config.json; `quantization_config` is not looked at.
+        dtype: of dense weights and activations.
+        quantizer: puts layers of codes in place; None leaves all linears dense.
+
+    Raises:
+        ModelError: an architecture or a feature that trapetum does not run.
+    """
     from transformers import AutoConfig
 
+    require_architecture(fields.get("model_type"), str(folder))
+    _require_no_code(folder, fields)
     dense = {k: copy.deepcopy(v) for k, v in fields.items() if k != "quantization_config"}
     config = type(AutoConfig.for_model(fields["model_type"])).from_dict(dense)
     config.name_or_path = str(folder)
@@ -70,12 +103,14 @@ def _skeleton(folder: Path, fields: dict, dtype: torch.dtype, quantizer) -> nn.M
     return model
 
 
-def _finish(model: nn.Module, quantizer, device) -> None:
+def finish(model: nn.Module, device: torch.device | str, quantizer=None) -> nn.Module:
+    """A filled skeleton as a model that runs: head tied, rope tables computed, eval mode."""
     model.tie_weights()
     make_rope(model, device)
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
+    return model.eval().requires_grad_(False)
 
 
 def _fill(model: nn.Module, stored: Stored, device) -> None:
@@ -101,25 +136,34 @@ def read_model(
         ModelError: anything is missing, changed, of another model, or not what it should be; one sentence says what.
     """
     require_architecture(fields.get("model_type"), str(folder))
-    _require_no_code(folder, fields)
     quantizer = _quantizer(folder, fields)
     hashes = quantizer.quantization_config.sha256 if quantizer else None
     require_config(folder, fields, hashes)
-    dtype = _dtype(folder, fields, dtype)
     with Stored.of(folder) as stored:
         stored.require_hashes(hashes)
-        stored.require_sizes(fields)
-        try:
-            model = _skeleton(folder, fields, dtype, quantizer)
-            stored.require_model(model)
-            _fill(model, stored, device)
-            _finish(model, quantizer, device)
-        except ModelError:
-            raise
-        except (
-            Exception
-        ) as error:  # transformers and torch raise many types for a config that they cannot build
-            raise ModelError(
-                f"{folder / CONFIG} describes no model that can be made ({_first_sentence(error)}); copy it again."
-            ) from error
-    return model.eval().requires_grad_(False)
+        return model_of(stored, fields, quantizer, device, dtype)
+
+
+def model_of(
+    stored: Stored, fields: dict, quantizer, device: torch.device | str, dtype: torch.dtype | None
+) -> nn.Module:
+    """The model whose files are open.
+
+    Args:
+        stored: the files.
+        fields: of config.json beside them.
+        quantizer: puts layers of codes into the empty model (`preprocess_model`, `postprocess_model`), or None.
+        device, dtype: as for `read_model`.
+
+    Raises:
+        ModelError: as `read_model`.
+    """
+    folder = stored.where
+    require_architecture(fields.get("model_type"), str(folder))
+    dtype = dtype_of(folder, fields, dtype)
+    stored.require_sizes(fields)
+    with buildable(folder):
+        model = skeleton(folder, fields, dtype, quantizer)
+        stored.require_model(model)
+        _fill(model, stored, device)
+        return finish(model, device, quantizer)
