@@ -1,7 +1,15 @@
 """Every figure of the workbook: one function makes one plotly figure, which works live, headless and in a saved page."""
 
 from trapetum.figures.accuracy import Loss, codebooks_of_channel, losses, perplexity_by_bits, weight_error
-from trapetum.figures.accuracy_ladder import Share, accuracy_ladder, newest_ladders, of_ladder, shares
+from trapetum.figures.accuracy_ladder import (
+    LADDER_ORDER,
+    SAME_BYTES,
+    Share,
+    accuracy_ladder,
+    newest_ladders,
+    of_ladder,
+    shares,
+)
 from trapetum.figures.agreement import AGREEMENT_HEADINGS, agreement_rows
 from trapetum.figures.batch import batch_cells, batch_map, batch_times, crossover_sentences, crossovers
 from trapetum.figures.by_bytes import speed_by_bytes
@@ -43,6 +51,8 @@ __all__ = [
     "FASTEST",
     "GRIDS",
     "GRIDS_SOURCE",
+    "LADDER_ORDER",
+    "SAME_BYTES",
     "WINDOW_HEADINGS",
     "Loss",
     "Point",

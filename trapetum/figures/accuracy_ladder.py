@@ -21,11 +21,13 @@ from trapetum.figures.style import (
 from trapetum.records import Record, latest
 
 #: From the bottom of the ladder to its top: without data, with data, and with more bytes or another kernel.
-ORDER = ("rtn", "rtn-128", "nf4", "lloyd", "kmeans", "rotation", "kmeans-weighted", "awq", "gptq-codebook", "lnq") + (
+LADDER_ORDER = ("rtn", "rtn-128", "nf4", "lloyd", "kmeans", "rotation", "kmeans-weighted", "awq", "gptq-codebook", "lnq") + (
     "lnq-guided", "kmeans+sparse", "lnq-guided+sparse", "additive", "trellis"
 )  # fmt: skip
 
 
+#: Those that store codes and one codebook a channel and nothing else: the same bytes and the same kernel.
+SAME_BYTES = ("rtn", "nf4", "lloyd", "kmeans", "kmeans-weighted", "awq", "gptq-codebook", "lnq", "lnq-guided")
 _TICKS = (0.01, 0.1, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -197,7 +199,7 @@ def _named(group: Sequence[Record]) -> str:
 
 
 def _ordered(methods: set[str]) -> list[str]:
-    known = [m for m in ORDER if m in methods]
+    known = [m for m in LADDER_ORDER if m in methods]
     return [*known, *sorted(methods - set(known))]
 
 
