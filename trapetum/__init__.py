@@ -17,7 +17,7 @@ The modules from the bottom up; a line imports only from itself and the lines ab
       quantizers, additive_fit                                are chosen, and the codes
     linear, additive_linear, swap, checkpoint,                models with codebook layers:
       architectures, shards, stored, reading, streaming,      make, save, load, import;
-      models, hf, register, imports, blocks, hessians,        calibrate, scale or turn,
+      aqlm, models, hf, register, imports, blocks, hessians,  calibrate, scale or turn,
       partial, equivalence, awq, quantizing, quantize_job     quantize layer by layer
     projection, tinygemm, llama_step, fused_step, decoders,   one token after another, stage by stage,
       decode, drafts, tensor_parallel, export_plan, export    and as files for a program without Python

@@ -224,6 +224,7 @@ def additive_layer(
     name: str = "layer",
     seed: int = 0,
     iterations: int = additive_fit.ITERATIONS,
+    objective: list[float] | None = None,
 ) -> tuple[AdditiveLinear, float]:
     """The additive layer of one dense weight, and its relative squared weight error.
 
@@ -234,6 +235,7 @@ def additive_layer(
         statistics: of the layer's inputs; without a Hessian the mean squares stand for one, without any the identity.
         name: the layer, for an error.
         seed, iterations: as for `additive_fit.fit`.
+        objective: gets `Fitted.objective`.
 
     Raises:
         AdditiveFitError: as `additive_fit.fit`.
@@ -243,4 +245,6 @@ def additive_layer(
         metric = statistics.hessian
         metric = statistics.mean_square.diag().unsqueeze(0) if metric is None else metric
     found = additive_fit.fit(weight, bits, metric, iterations, seed=seed, name=f"{name}.weight")
+    if objective is not None:
+        objective += found.objective
     return AdditiveLinear.from_weight(found.weight, bias), additive_fit.weight_error(weight, found.weight)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from trapetum import __version__, formats
-from trapetum.swap import HEAD, codebook_layers, linears
+from trapetum.quantizers import ADDITIVE
+from trapetum.swap import HEAD, additive_layers, codebook_layers, coded_layers, linears
 
 #: `quant_method` in config.json.
 OWNER = "trapetum"
@@ -28,14 +29,18 @@ class ModelError(RuntimeError):
 
 
 def quantization_config(model: nn.Module) -> dict:
-    """The `quantization_config` entry of config.json that describes the codebook layers of `model`."""
-    found = {name: (layer.bits, layer.n_codes) for name, layer in codebook_layers(model)}
+    """The `quantization_config` entry of config.json that describes the codebook layers of `model`.
+
+    Raises:
+        ModelError: some layers have one codebook a channel and others additive ones.
+    """
+    found = {name: (layer.bits, layer.n_codes) for name, layer in coded_layers(model)}
     common = max(set(found.values()), key=list(found.values()).count)
     config = {
         "quant_method": OWNER,
         "bits": common[0],
         "n_codes": common[1],
-        "method": getattr(model, "trapetum_method", "kmeans"),
+        "method": _method(model),
         "modules_to_not_convert": [name for name, _ in linears(model, lm_head=True)],
     }
     exceptions = {name: list(scheme) for name, scheme in found.items() if scheme != common}
@@ -45,6 +50,16 @@ def quantization_config(model: nn.Module) -> dict:
     share = _outlier_share(model)
     config |= {"outliers": share} if share else {}
     return config | ({"recipe": recipe} if recipe else {}) | {"written_by": versions()}
+
+
+def _method(model: nn.Module) -> str:
+    """What made the codes; that of additive layers is said by the layers themselves, since it tells how to read them."""
+    if additive_layers(model) and codebook_layers(model):
+        raise ModelError(
+            f"{additive_layers(model)[0][0]} has additive codebooks and {codebook_layers(model)[0][0]} one codebook a "
+            "channel, and a directory holds one kind; quantize all of them in the same way."
+        )
+    return ADDITIVE if additive_layers(model) else getattr(model, "trapetum_method", "kmeans")
 
 
 def _outlier_share(model: nn.Module) -> float:
@@ -84,7 +99,9 @@ def _dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in model.named_parameters(remove_duplicate=False)
         if name not in tied or tensor is not model.get_input_embeddings().weight
     }
-    state |= {f"{name}.bias": m.bias for name, m in codebook_layers(model) if m.bias is not None}
+    state |= {f"{name}.bias": m.bias for name, m in coded_layers(model) if m.bias is not None}
+    for name, layer in additive_layers(model):
+        state |= {f"{name}.{part}": tensor for part, tensor in layer.to_weight().tensors().items()}
     apart = {name: m.outliers.tensors() for name, m in codebook_layers(model) if m.outliers is not None}
     state |= {f"{name}.{part}": tensor for name, parts in apart.items() for part, tensor in parts.items()}
     return {name: tensor.clone().cpu() for name, tensor in state.items() if name not in codes}
@@ -98,9 +115,10 @@ def _write(model, tokenizer, folder: Path) -> None:
         "architectures": [type(model).__name__],
     }
     config.pop("quantization_config", None)
-    if HEAD in weights:  # a head of codes has no weight that could be the embedding's
+    coded = dict(coded_layers(model))
+    if HEAD in coded:  # a head of codes has no weight that could be the embedding's
         config["tie_word_embeddings"] = False
-    if weights:
+    if coded:
         config["quantization_config"] = quantization_config(model)
         config = _as_json(config)
         digests = {"config": config_digest(config), "weights": hashed}

@@ -22,8 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trapetum import sparse, stored
+from trapetum.additive import GROUP, N_CODEBOOKS
+from trapetum.additive_linear import AdditiveLinear
 from trapetum.formats import BITS
 from trapetum.linear import CodebookLinear
+from trapetum.quantizers import ADDITIVE, ADDITIVE_CODES
 from trapetum.swap import note_method
 
 METHOD = "trapetum"
@@ -33,9 +36,9 @@ class TrapetumConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     Attributes:
-        bits: bits per code.
-        n_codes: codebook entries per output channel.
-        method: the quantizer that made the codes.
+        bits: bits per code; of additive layers the number of codebooks, 2 or 4.
+        n_codes: codebook entries per output channel; of additive layers 256 a codebook.
+        method: the quantizer that made the codes. With "additive" all layers are `AdditiveLinear`, otherwise `CodebookLinear`.
         modules_to_not_convert: names of linear layers that stayed dense.
         exceptions: {layer name: [bits, n_codes]} of layers with another scheme.
         outliers: share of the weights that every codebook layer keeps apart in float16; 0 for none.
@@ -63,14 +66,19 @@ class TrapetumConfig(QuantizationConfigMixin):
         **others,
     ):
         self.quant_method = METHOD
-        self.bits, self.n_codes = _scheme("quantization_config", bits, n_codes)
         self.method = _typed("method", method, str)
+        checked = _additive_scheme if self.method == ADDITIVE else _scheme
+        self.bits, self.n_codes = checked("quantization_config", bits, n_codes)
         self.modules_to_not_convert = list(
             _typed("modules_to_not_convert", modules_to_not_convert, (list, tuple))
         )
         exceptions = _typed("exceptions", exceptions or {}, dict)
-        self.exceptions = {name: list(_scheme(name, *_pair(name, e))) for name, e in exceptions.items()}
+        self.exceptions = {name: list(checked(name, *_pair(name, e))) for name, e in exceptions.items()}
         self.outliers = _share(outliers)
+        if self.outliers and self.method == ADDITIVE:
+            raise ValueError(
+                f"quantization_config has outliers {self.outliers:g} beside additive codebooks; quantize the model again."
+            )
         self.recipe = _typed("recipe", recipe, (dict, type(None)))
         self.written_by = _typed("written_by", written_by, (dict, type(None)))
         self.sha256 = _typed("sha256", sha256, (dict, type(None)))
@@ -124,6 +132,15 @@ def _scheme(name: str, bits, n_codes) -> tuple[int, int]:
     return bits, n_codes
 
 
+def _additive_scheme(name: str, bits, n_codes) -> tuple[int, int]:
+    if type(bits) is not int or bits not in N_CODEBOOKS or n_codes not in (None, ADDITIVE_CODES):
+        raise ValueError(
+            f"{name!r} has {str(bits)[:20]!r} bits and {str(n_codes)[:20]!r} codes; additive layers have 2 or 4 bits and "
+            f"{ADDITIVE_CODES} codes a codebook, so quantize the model again."
+        )
+    return bits, ADDITIVE_CODES
+
+
 def _share(outliers) -> float:
     if type(outliers) not in (int, float) or not 0 <= outliers <= sparse.MOST:
         raise ValueError(
@@ -134,7 +151,7 @@ def _share(outliers) -> float:
 
 
 class TrapetumQuantizer(HfQuantizer):
-    """Puts empty `CodebookLinear` modules in place before transformers reads the stored codes into them."""
+    """Puts empty `CodebookLinear` or `AdditiveLinear` modules in place before transformers reads the stored codes into them."""
 
     requires_calibration = True  # transformers cannot quantize with it: `trapetum quantize` does
 
@@ -147,7 +164,10 @@ class TrapetumQuantizer(HfQuantizer):
         for name, layer in linears:
             if name not in config.modules_to_not_convert:
                 parent, _, leaf = name.rpartition(".")
-                made = _empty(layer, *config.scheme(name), config.outliers)
+                if config.method == ADDITIVE:
+                    made = _empty_additive(name, layer, config.scheme(name)[0])
+                else:
+                    made = _empty(layer, *config.scheme(name), config.outliers)
                 setattr(model.get_submodule(parent), leaf, made)
         note_method(model, config.method, {"method": config.method} | (config.recipe or {}))
         if checkpoint_files:
@@ -182,6 +202,22 @@ def _empty(layer: nn.Linear, bits: int, n_codes: int, outliers: float) -> Codebo
             bias=layer.bias is not None,
             dtype=layer.weight.dtype,
             outliers=outliers,
+        )
+
+
+def _empty_additive(name: str, layer: nn.Linear, n_codebooks: int) -> AdditiveLinear:
+    if layer.in_features % GROUP:
+        raise ValueError(
+            f"{name} has {layer.in_features} inputs, and additive codebooks store groups of {GROUP}; config.json and weights "
+            "are of two models."
+        )
+    with torch.device(layer.weight.device):
+        return AdditiveLinear(
+            layer.in_features,
+            layer.out_features,
+            n_codebooks,
+            bias=layer.bias is not None,
+            dtype=layer.weight.dtype,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from trapetum.aqlm import is_aqlm, read_aqlm
 from trapetum.architectures import (  # noqa: F401
     ARCHITECTURES,
     config_of,
@@ -226,7 +227,31 @@ def _one_sentence(folder: Path) -> Iterator[None]:
 
 
 def _stored(folder: Path, fields: dict, name: str, kind: str, device, dtype) -> Loaded:
-    model = read_model(folder, fields, device, dtype)
+    return _ready(read_model(folder, fields, device, dtype), folder, name, kind)
+
+
+def aqlm_model(
+    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Loaded:
+    """An AQLM checkpoint directory of the 2x8 or 4x8 scheme, with `AdditiveLinear` layers of the stored codes.
+
+    Args:
+        folder: with config.json and safetensors.
+        device: where to put it.
+        dtype: of activations and dense weights; None for the stored one.
+
+    Raises:
+        ModelError: another scheme, or a directory that is not what its config.json says; the message says where.
+    """
+    folder = Path(folder)
+    _require_checkpoint(folder)
+    fields = read_config(folder)
+    if not is_aqlm(fields):
+        raise ModelError(f"{folder} is no AQLM checkpoint; its config.json names no quant_method 'aqlm'.")
+    return _ready(read_aqlm(folder, fields, device, dtype), folder, str(folder), "directory")
+
+
+def _ready(model, folder: Path, name: str, kind: str) -> Loaded:
     with _one_sentence(folder):
         model.generation_config = generation_config_of(folder)
         return Loaded(model, tokenizer_of(str(folder)), name, shape_of(model.config, name), kind)
@@ -235,6 +260,8 @@ def _stored(folder: Path, fields: dict, name: str, kind: str, device, dtype) -> 
 def _directory(folder: Path, name: str, kind: str, device, dtype, spec, progress) -> Loaded:
     _require_checkpoint(folder)
     fields = read_config(folder)
+    if spec is None and is_aqlm(fields):
+        return _ready(read_aqlm(folder, fields, device, dtype), folder, name, kind)
     require_own(fields, name)
     require_architecture(fields.get("model_type"), name)
     if spec is None and is_ours(folder, fields):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trapetum import formats, sparse
+from trapetum.additive import AdditiveWeight
+from trapetum.additive_linear import AdditiveLinear
 from trapetum.checkpoint import OWNER, ModelError, config_digest
 from trapetum.formats import CodebookWeight, FormatError
 from trapetum.linear import CodebookLinear
@@ -305,6 +307,11 @@ def _require_values(prefix: str, module: nn.Module, parts: Parts) -> None:
             if module.outlier_share:
                 apart = (parts[name] for name in sparse.PARTS)
                 sparse.Outliers(*apart, module.in_features, module.outlier_share).check()
+        except FormatError as error:
+            raise FormatError(f"{prefix}: {error}") from error
+    if isinstance(module, AdditiveLinear):
+        try:
+            AdditiveWeight(parts["codes"], parts["codebooks"], parts["scales"])
         except FormatError as error:
             raise FormatError(f"{prefix}: {error}") from error
 

@@ -143,7 +143,7 @@ def quantized_layer(
     require_outliers(method, outliers)
     if method == ADDITIVE:
         require_scheme(bits, method, n_codes)
-        return additive_layer(weight, bias, bits, statistics, name)
+        return additive_layer(weight, bias, bits, statistics, name, objective=objective)
     name = f"{name}.weight"
     if not outliers:
         quantized = quantize(weight, bits, method, n_codes, statistics, name=name, objective=objective)
