@@ -285,6 +285,18 @@ def test_guided_hessians_weigh_each_token(kind):
         assert not torch.allclose(guided.hessian[0], plain.hessian[0], rtol=0.02, atol=0)
 
 
+def test_tokens_are_summed_some_at_a_time(monkeypatch):
+    """Sums taken every 16 tokens and at the end, where sequences have 19, 12 and 19."""
+    tokens = rows()
+    weights = {name: torch.rand(sum(LENGTHS), 2) for name in linears(make())}
+    at_once = statistics(make(), tokens, weights)
+    monkeypatch.setattr(hessians, "AT_ONCE", 16)
+    for name, pair in statistics(make(), tokens, weights).items():
+        for found, expected in zip(pair, at_once[name], strict=True):
+            torch.testing.assert_close(found.hessian, expected.hessian, rtol=1e-4, atol=1e-6)
+            assert found.tokens == sum(LENGTHS)
+
+
 @pytest.mark.parametrize(("out", "groups"), [(7, 4), (64, 4), (5, 3), (2, 4), (1, 1)])
 def test_groups_of_rows_are_the_quantizers(out, groups):
     sizes = hessians.group_sizes(out, groups)

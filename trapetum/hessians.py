@@ -13,6 +13,7 @@ arXiv:2505.07004.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from trapetum.blocks import Blocks
 from trapetum.calibration import CalibrationError, Statistics
+from trapetum.memory import AT_ONCE
 
 #: Gradients are kept near 2**3, by powers of two, so that the smallest of a float16 model do not underflow.
 _PEAK = 3
@@ -69,7 +71,8 @@ def _owners(inputs: Mapping[str, Tensor]) -> dict[str, str]:
 class Sums:
     """Running sums of x x^T over tokens, in float32, for the linears of one stage.
 
-    Linears that get the same tensor (q, k and v; gate and up) share one plain sum.
+    Linears that get the same tensor (q, k and v; gate and up) share one plain sum. Inputs wait until there are `AT_ONCE`
+    tokens, because a sum is read and written as a whole each time that something is added to it.
 
     Args:
         weights: s [tokens, groups] of each linear, over all tokens in order; None for the plain sums alone.
@@ -79,24 +82,31 @@ class Sums:
     """
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None):
-        self._weights, self.tokens = weights or {}, 0
+        self._weights, self.tokens, self._summed = weights or {}, 0, 0
         self._owner: dict[str, str] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
         self._plain: dict[str, Tensor] = {}
         self._guided: dict[str, Tensor] = {}
 
     def add(self, inputs: Mapping[str, Tensor]) -> None:
         """Add the tokens of one sequence: the input [1, tokens, in] of each linear."""
         self._owner = self._owner or _owners(inputs)
-        rows = {name: inputs[name].flatten(0, -2).float() for name in set(self._owner.values())}
-        count = len(next(iter(rows.values())))
-        with _products(next(iter(inputs.values()))):
-            for name in inputs:
-                x = rows[self._owner[name]]
-                if name in rows:
-                    self._sum(self._plain, name, x, 1)[0].addmm_(x.T, x)
-                if name in self._weights:
-                    self._add_guided(name, x, self._weights[name][self.tokens : self.tokens + count])
-        self.tokens += count
+        for name in set(self._owner.values()):
+            self._waiting.setdefault(name, []).append(inputs[name].flatten(0, -2))
+        self.tokens += next(iter(inputs.values())).shape[-2]
+        if self.tokens - self._summed >= AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = {name: torch.cat(waiting) for name, waiting in self._waiting.items()}
+        self._waiting = {}
+        for owner, x in rows.items():
+            with _products(x):
+                wide = x.float()
+                self._sum(self._plain, owner, wide, 1)[0].addmm_(wide.T, wide)
+                for name in (name for name in self._weights if self._owner[name] == owner):
+                    self._add_guided(name, wide, self._weights[name][self._summed : self.tokens])
+        self._summed = self.tokens
 
     @staticmethod
     def _sum(sums: dict[str, Tensor], name: str, x: Tensor, groups: int) -> Tensor:
@@ -116,6 +126,8 @@ class Sums:
         Raises:
             CalibrationError: a mean is not finite.
         """
+        if self._waiting:
+            self._flush()
         plain, guided = (self._means(sums) for sums in (self._plain, self._guided))
         found = {}
         for name, owner in self._owner.items():
@@ -143,7 +155,6 @@ def collect(
     hidden: list[Tensor],
     names: Sequence[str],
     weights: Mapping[str, Tensor] | None = None,
-    told=lambda: None,
 ) -> dict[str, tuple[Statistics, Statistics | None]]:
     """Run all sequences through a stage, and gather the statistics of its linears on the way.
 
@@ -154,7 +165,6 @@ def collect(
             head they are left as they are.
         names: linears of the stage, by their names in the model; none only moves the hidden states on.
         weights: s [tokens, groups] by linear, for guided Hessians.
-        told: called after each sequence.
 
     Returns:
         plain and guided statistics (None without weights) by linear; on the model's device.
@@ -171,7 +181,6 @@ def collect(
                 hidden[at] = after
             if names:
                 sums.add(seen)
-            told()
     return sums.finish() if names else {}
 
 
@@ -199,6 +208,27 @@ def _outputs_of(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
     finally:
         for one in hooks:
             one.remove()
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU attention's gradients are summed in one order, so that a run gives the same codes again."""
+    if device.type != "cuda":
+        yield
+        return
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*[dD]eterministic"
+        )  # of products, which repeat on one stream
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+            torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _normal(gradient: Tensor) -> tuple[Tensor, int]:
@@ -261,7 +291,8 @@ def row_squares(blocks: Blocks, row: Tensor, groups: int, lm_head: bool = False)
     for index in reversed(range(len(blocks))):
         module = blocks.running(index)
         before = befores.pop().requires_grad_()
-        with torch.enable_grad(), _outputs_of(blocks.linears(index, module)) as outputs:
+        observed = _outputs_of(blocks.linears(index, module))
+        with torch.enable_grad(), _repeatable(blocks.device), observed as outputs:
             after = blocks.run(index, module, before)
             if index == blocks.head:
                 after, gradient = _loss(after, row), torch.ones((), device=blocks.device)
