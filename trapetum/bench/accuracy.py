@@ -139,10 +139,12 @@ def accuracy_by_rung(
     if swap.is_quantized(loaded.model):
         return
     shown = Shown(loaded, calibrate or text, sequences, None if calibrate else unscored)
+    windows = (
+        [shown.take(seed) for seed in range(seeds or more_seeds)] if any(s.seeded for s in steps) else []
+    )
     for step in steps:
         recorder = Recorder(device, profile)
-        chosen = range((seeds or more_seeds) if step.seeded else 1)
-        tries = [shown.take(seed) if step.seeded else None for seed in chosen]
+        tries = windows if step.seeded else [None]
         found = [_climbed(loaded.model, step, one, protocol) for one in tries]
         yield _records(recorder, step, tries, found, protocol, named)
 
