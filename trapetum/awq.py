@@ -2,9 +2,12 @@
 
 For each place of a decoder layer, scales s_j = (root mean square of input j)^alpha multiply the columns of the weights that
 read it and are divided out of what feeds them (`trapetum.equivalence.scale_inputs`). Of 20 exponents the one is kept whose
-rounding error, as the outputs see it, is least: tr(D H D^T) with D = Q(W s) / s - W. The published search takes the mean of
-|x| where this takes the root of the mean square, which is what `Statistics` holds; and it compares outputs of calibration
-tokens, of which the form above is the mean.
+rounding error, as the outputs see it, is least: the sum over the place's linears of tr(D H D^T) / tr(W H W^T), with
+D = Q(W s) / s - W and H of the unscaled inputs. Places are searched one after the other, in the order of `PLACES`.
+
+What differs from the published search: the root of the mean square stands for the mean of |x|, since that is what
+`Statistics` holds; the error is the form above instead of the difference of a whole attention or MLP output; and rounding
+is per row, as the codebooks are, instead of per group.
 
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978.
 """
