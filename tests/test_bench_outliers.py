@@ -1,10 +1,15 @@
 """What outliers apart cost a product, measured beside the product without them."""
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from trapetum import bench, sparse, timing
 from trapetum.bench import products, reading, with_outliers
+from trapetum.cli import app
+from trapetum.records import latest
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -53,10 +58,32 @@ def test_records_of_both_in_one_process(device):
     outliers = [r for r in timed if r.method == "codebook+sparse"]
     assert all(r.config["outliers"] == 0.0045 and r.config["l2"] == "cold" for r in outliers)
     assert outliers[0].config["bytes"] > timed[0].config["bytes"]
+    other = outliers[0].replace(config=outliers[0].config | {"outliers": 0.01})
+    assert latest([outliers[0], other]) == [outliers[0], other]  # another share is another subject
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [2, 8])
-def test_a_few_rows_at_once(rows):
-    made = products.weights("codebook+sparse", 300, 260, 4, "cuda").at(rows)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [2, 8, 19])
+def test_several_rows(device, rows):
+    made = products.weights("codebook+sparse", 300, 260, 4, device).at(rows)
     assert made.checked_error() < 5e-3
+
+
+def test_the_command_times_codes_with_and_without():
+    arguments = [
+        "bench",
+        "gemv",
+        "--shape",
+        "256x128",
+        "--outliers",
+        "0.0045",
+        "--outliers",
+        "0.02",
+        "--l2",
+        "cold",
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--profile", "smoke", "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    timed = [r for r in json.loads(done.stdout) if r["quantity"] == "gemv_time"]
+    found = {(r["method"], r["config"].get("outliers")) for r in timed}
+    assert {("codebook", None), ("codebook+sparse", 0.0045), ("codebook+sparse", 0.02)} == found

@@ -76,7 +76,7 @@ def select(
 _SUBJECT = (
     "in_features out_features model text bits n_codes group_size path variant l2 chain calls stage context "
     "new_tokens batch rows window stride linears lm_head kv part accounting host format range beside timer peak arch "
-    "interleaved runtime baseline baseline_dtype dtype world_size way"
+    "interleaved runtime baseline baseline_dtype dtype world_size way outliers"
 ).split()
 
 

@@ -58,7 +58,6 @@ def weights(method: str, in_features: int, out_features: int, bits: int, device:
         head=_head(base.head, apart),
         kernel_sha256=source_sha256(side.SOURCE, source),
         label=f"{method}-{bits}",
-        most_rows=products.ROWS_A_LAUNCH if device == "cuda" else 1,
     )
 
 
@@ -90,8 +89,16 @@ def _head(head: Tensor, apart: sparse.Outliers) -> Tensor:
 
 def _on_cuda(multiply):
     def both(x: Tensor, codes: Tensor, codebook: Tensor, *apart: Tensor, pdl: bool = False):
-        product, rows = multiply(x, codes, codebook, pdl=pdl), x[0] if len(x) == 1 else x
-        return lambda: sparse_product.launch(product(), rows, *apart, pdl=pdl)
+        product = multiply(x, codes, codebook, pdl=pdl)
+
+        def run() -> Tensor:
+            y = product()
+            every = y.view(len(x), -1).split(products.ROWS_A_LAUNCH)
+            for out, rows in zip(every, x.split(products.ROWS_A_LAUNCH), strict=True):
+                sparse_product.launch(out, rows, *apart, pdl=pdl)
+            return y
+
+        return run
 
     return both
 
@@ -101,6 +108,13 @@ def _on_cpu(multiply):
 
     def both(x: Tensor, codes: Tensor, codebook: Tensor, *apart: Tensor):
         product = multiply(x, codes, codebook)
-        return lambda: sparse_product.add_row(product(), x[0], *apart, threads=torch.get_num_threads())
+
+        def run() -> Tensor:
+            y = product()
+            for out, row in zip(y.view(len(x), -1), x, strict=True):
+                sparse_product.add_row(out, row, *apart, threads=torch.get_num_threads())
+            return y
+
+        return run
 
     return both
