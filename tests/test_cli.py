@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from trapetum import bench, generation
+from trapetum import bench, generation, quantize_job, swap
 from trapetum.cli import app, bench_app
 
 runner = CliRunner()
@@ -100,6 +100,43 @@ def test_quantize_generate_perplexity(tmp_path):
     assert told["window"] == 512 and told["stride"] == 256 and 1 < told["value"] < 4096
 
 
+def test_quantize_with_calibration(tmp_path):
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("Return the name of the file that was opened, or None. " * 60)
+    arguments = [
+        "quantize",
+        "builtin",
+        out,
+        "--bits",
+        2,
+        "--method",
+        "kmeans-weighted",
+        "--calibrate",
+        text,
+        "--length",
+        64,
+    ]
+    told = json.loads(run(*arguments, "--sequences", 3, "--device", "cpu", "--json").stdout)
+    assert len(told["errors"]) == len(told["output_errors"]) == 49 and told["out"] == str(out)
+    said = run(*arguments, "--sequences", 3, "--seed", 5, "--device", "cpu").stdout
+    assert f"calibration: 3 sequences of 64 tokens of {text}, seed 5" in said
+    assert "49 layers, 2 bits, kmeans-weighted" in said and "mean relative squared output error" in said
+    recipe = json.loads((out / "config.json").read_text())["quantization_config"]["recipe"]
+    assert recipe["calibration"]["seed"] == 5 and recipe["calibration"]["sequences"] == 3
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_quantize_hands_its_options_on(monkeypatch, tmp_path):
+    asked = []
+    report = swap.Report({"a": 0.1}, 1.0, 4, 16, "lnq-guided", {"a": 0.2})
+    monkeypatch.setattr(quantize_job, "quantize_to", lambda *how: asked.append(how) or (report, tmp_path))
+    options = ["--lm-head", "--sequences", 7, "--length", 99, "--seed", 3, "--no-resume", "--outliers", 0.01]
+    run("quantize", "a/model", "out", "--calibrate", "wikitext-2", *options, "--device", "cpu")
+    assert asked[0][2] == quantize_job.Job(4, "lnq-guided", True, "wikitext-2", 7, 99, 3, False, 0.01)
+    run("quantize", "a/model", "out", "--bits", 3, "--device", "cpu")
+    assert asked[1][2] == quantize_job.Job(3, "kmeans")
+
+
 TINY = ["--model", "random:llama-tiny", "--profile", "smoke"]
 
 
@@ -174,6 +211,10 @@ def test_generate_with_drafts_and_with_draws(how):
         (["report", "--only", "55"], "there is no chapter 55"),
         (["generate", "no/such/directory/here"], "no directory 'no/such/directory/here'"),
         (["quantize", "builtin", "out", "--method", "magic"], "no quantization method 'magic'"),
+        (["quantize", "builtin", "out", "--method", "rtn-128"], "rtn-128 keeps a scale and a zero point"),
+        (["quantize", "builtin", "out", "--method", "lnq"], "give tokens (--calibrate"),
+        (["quantize", "builtin", "out", "--calibrate", "nothing.txt"], "there is no text file 'nothing.txt'"),
+        (["quantize", "random:llama-tiny", "out", "--calibrate", "builtin"], "the model has no tokenizer"),
         (["perplexity", "builtin", "--text", "missing.txt"], "missing.txt"),
         (["perplexity", "builtin", "--text", "a", "--dataset", "b"], "give --text or --dataset, not both."),
         (["generate", "random:llama-900b"], "llama-900b"),
