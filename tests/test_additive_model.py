@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from trapetum import additive, cuda_additive, models, swap
 from trapetum.additive_linear import AdditiveLinear, additive_gemv, additive_layer
+from trapetum.bench.variants import codebook_variant
 from trapetum.calibration import Statistics, made_of
 from trapetum.checkpoint import ModelError
 from trapetum.cli import app
@@ -312,6 +313,16 @@ def test_a_model_is_quantized_while_it_is_read_from_the_command_line(tmp_path):
     assert streamed.report.n_codes == 256
     for other in (loaded, streamed.model):
         assert torch.equal(logits(other), logits(model))
+
+
+def test_a_measurement_says_that_the_layers_are_additive(tmp_path):
+    models.save(coded(4), None, tmp_path / "out")
+    variant = codebook_variant(str(tmp_path / "out"), "cpu", "fp32")
+    assert (variant.config["linears"], variant.config["bits"], variant.config["n_codes"]) == (
+        "additive",
+        4,
+        256,
+    )
 
 
 # --- AQLM ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class AdditiveLinear(nn.Module):
     """
 
     n_codes = ENTRIES
-    outliers = None  # are not kept apart
+    outliers, outlier_share = None, 0.0  # none are kept apart
 
     def __init__(self, in_features, out_features, n_codebooks=2, bias=False, device=None, dtype=None):
         super().__init__()

@@ -62,7 +62,7 @@ class Contender:
         """Bytes of all distinct weights, also those that a peer's tensor class wraps, and codes."""
         model = self.loaded.model
         tensors = [inner for weight in model.parameters() for inner in plain(weight)]
-        tensors += [kept for _, layer in swap.codebook_layers(model) for kept in layer.buffers()]
+        tensors += [kept for _, layer in swap.coded_layers(model) for kept in layer.buffers()]
         return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
 
     @property

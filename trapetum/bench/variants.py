@@ -201,8 +201,9 @@ def codebook_variant(
         loaded = models.load(name, device, dtype)
         if not swap.is_quantized(loaded.model):
             swap.quantize_model(loaded.model, bits, lm_head=lm_head, progress=False)
-    _, layer = next(iter(swap.codebook_layers(loaded.model)))
-    config = {"model": name, "bits": layer.bits, "n_codes": layer.n_codes, "linears": "codebook"}
+    _, layer = next(iter(swap.coded_layers(loaded.model)))
+    linears = "additive" if swap.additive_layers(loaded.model) else "codebook"
+    config = {"model": name, "bits": layer.bits, "n_codes": layer.n_codes, "linears": linears}
     if layer.outlier_share:
         config["outliers"] = layer.outlier_share
     return Variant(
