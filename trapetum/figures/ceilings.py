@@ -231,7 +231,7 @@ def _best(records: Sequence[Record], quantity: str, config: Mapping, ours: bool 
         right = r.quantity == quantity and r.kind == "measured" and not r.suspect
         cold = r.config.get("l2", "cold") == "cold"
         side = ours is None or ((r.method == "codebook") is ours and r.method not in _NO_CONTEST)
-        dense = ours is not False or r.config.get("bits", 16) >= 16
+        dense = ours is not False or (r.config.get("bits") or 16) >= 16
         return right and cold and side and dense and all(r.config.get(k) == v for k, v in config.items())
 
     found = [r for r in records if fits(r)]
