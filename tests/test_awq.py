@@ -184,3 +184,17 @@ def test_statistics_that_are_missing_or_of_another_model_are_refused():
     with pytest.raises(ValueError, match="mlp.up_proj has 48 inputs, and its statistics are of 47"):
         awq_block(block, other, 4)
     assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_gpu_chooses_what_the_cpu_chooses():
+    model, there = made(), made().cuda()
+    statistics, _ = observed(model)
+    moved = {
+        name: Statistics(s.hessian.cuda(), s.mean_square.cuda(), s.tokens) for name, s in statistics.items()
+    }
+    found = [awq_block(m.model.layers[0], known, 4) for m, known in ((model, statistics), (there, moved))]
+    assert found[0].alphas == found[1].alphas
+    for here, other in zip(model.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(other.cpu(), here, rtol=1e-5, atol=1e-6)
+    assert found[1].statistics["mlp.up_proj"].hessian.is_cuda

@@ -104,6 +104,19 @@ def test_a_change_leaves_the_logits_and_moves_the_weights(case, change, tmp_path
     assert spoken[0] == spoken[1] and len(set(spoken[0])) > 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", ["llama, tied", "qwen2"])
+def test_gpu_a_change_is_that_of_the_cpu(case, change):
+    model, there = made(case), made(case).cuda()
+    CHANGES[change](model)
+    CHANGES[change](there)
+    for (name, here), other in zip(model.named_parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(
+            other.cpu(), here, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_scale_moves_between_the_readers_and_what_feeds_them(place):
     """With grouped-query attention and biases: inputs become x / scale, columns W * scale."""
@@ -228,6 +241,15 @@ def test_turns_are_orthogonal_and_spread_a_spike(size):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
     power = size & -size
     assert float(matrix.abs().max()) <= power**-0.5 + 1e-12
+
+
+def test_turns_of_many_rows_are_made_in_parts(monkeypatch):
+    rows = torch.randn(5, 7, 48, dtype=torch.float64)
+    whole = equivalence._Turn(48, torch.Generator().manual_seed(1)).apply(rows)
+    monkeypatch.setattr(equivalence, "_CHUNK_WEIGHTS", 100)
+    parts = equivalence._Turn(48, torch.Generator().manual_seed(1)).apply(rows)
+    torch.testing.assert_close(parts, whole)
+    assert equivalence._Turn(48, torch.Generator().manual_seed(1)).apply(rows.half()).dtype == torch.float16
 
 
 def test_a_rotation_is_fixed_by_its_seed():

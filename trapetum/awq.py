@@ -79,10 +79,8 @@ def _form(rows: Tensor, statistics: Statistics) -> Tensor:
     groups = len(statistics.hessian)
     of_row = torch.arange(len(rows), device=rows.device) * groups // len(rows)
     parts = (rows[of_row == group] for group in range(groups))
-    products = (
-        ((part @ h) * part).sum(dtype=torch.float64)
-        for part, h in zip(parts, statistics.hessian, strict=True)
-    )
+    hessians = statistics.hessian.to(rows.device)
+    products = (((part @ h) * part).sum(dtype=torch.float64) for part, h in zip(parts, hessians, strict=True))
     return torch.stack(list(products)).sum()
 
 

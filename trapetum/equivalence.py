@@ -40,7 +40,8 @@ _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 #: k-means lose it. The other direction was tried and left: a few larger columns cost exact k-means next to nothing.
 SHARE, FACTOR = 0.01, 20.0
 
-_Change = tuple[str, nn.Parameter, Tensor]  # name, parameter, its new value in float64
+_CHUNK_WEIGHTS = 1 << 24
+_Change = tuple[str, nn.Parameter, Tensor]  # name, parameter, its new value in its dtype or float64
 
 
 @dataclass(frozen=True)
@@ -262,26 +263,30 @@ class _Turn:
         self._rest = torch.linalg.qr(rest).Q
 
     def apply(self, rows: Tensor) -> Tensor:
-        """rows @ Q, for float64 [..., n]."""
-        turned = (rows * self._signs.to(rows.device)).unflatten(-1, (self._power, -1))
+        """rows @ Q for floating [..., n], in the dtype of the rows, computed in float64 a part at a time."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        parts = flat.split(max(1, _CHUNK_WEIGHTS // flat.shape[1]))
+        return torch.cat([self._turned(part.double()).to(rows.dtype) for part in parts]).view(rows.shape)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        turned = (rows * self._signs.to(rows.device)).unflatten(1, (self._power, -1))
         turned = turned @ self._rest.to(rows.device)
         half = 1
         while half < self._power:
-            low, high = turned.unflatten(-2, (-1, 2, half)).unbind(-3)
-            turned = torch.stack([low + high, low - high], -3).flatten(-4, -2)
+            low, high = turned.unflatten(1, (-1, 2, half)).unbind(2)
+            turned = torch.stack([low + high, low - high], 2).flatten(1, 3)
             half *= 2
-        return turned.flatten(-2) * self._power**-0.5
+        return turned.flatten(1) * self._power**-0.5
 
 
 def _columns(layer: nn.Linear, turn: _Turn, heads: int = 1) -> Tensor:
     """W Q: the layer reads a turned input, each of `heads` equal parts of it turned alike."""
-    weight = layer.weight.double()
-    return turn.apply(weight.unflatten(1, (heads, -1))).flatten(1)
+    return turn.apply(layer.weight.unflatten(1, (heads, -1))).flatten(1)
 
 
 def _rows(tensor: Tensor, turn: _Turn, heads: int = 1) -> Tensor:
     """Q^T W, or Q^T b: the layer writes a turned output."""
-    parts = tensor.double().unflatten(0, (heads, -1)).movedim(1, -1)
+    parts = tensor.unflatten(0, (heads, -1)).movedim(1, -1)
     return turn.apply(parts).movedim(-1, 1).flatten(0, 1)
 
 
@@ -317,7 +322,7 @@ def _turn_ends(model: nn.Module, turn: _Turn) -> None:
     for name, layer in (("model.embed_tokens", model.model.embed_tokens), ("lm_head", model.lm_head)):
         if name == "lm_head" and layer.weight is model.model.embed_tokens.weight:
             continue
-        _write([(f"{name}.weight", layer.weight, turn.apply(layer.weight.double()))])
+        _write([(f"{name}.weight", layer.weight, turn.apply(layer.weight))])
 
 
 @torch.no_grad()
