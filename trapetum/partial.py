@@ -81,7 +81,9 @@ class Partial:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / _RUN).is_file():
             self._require_same(json.loads(json.dumps(identity)))
-        elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        elif any(
+            path.name[0] != "." and path.name != _RUN for path in folder.iterdir()
+        ):  # another process may write _RUN
             raise PartialError(f"{folder} holds no {_RUN} and is not empty; choose another directory.")
         else:
             write_atomically(folder / _RUN, (json.dumps(identity, indent=1) + "\n").encode())
@@ -97,6 +99,11 @@ class Partial:
                     f"{self._folder} holds the layers of another run ({key} {kept.get(key)!r}, now {identity.get(key)!r}); "
                     "finish that one, or start over with --no-resume."
                 )
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a folder."""
+        return self._folder is not None
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
-from trapetum import awq, equivalence, hessians, machine_cpu, sparse
+from trapetum import __version__, awq, equivalence, hessians, machine_cpu, sparse
 from trapetum.additive import AdditiveWeight
 from trapetum.additive_linear import AdditiveLinear
 from trapetum.architectures import shape_of
@@ -27,6 +27,7 @@ from trapetum.calibration import GROUPS, Calibration, CalibrationError, Statisti
 from trapetum.linear import CodebookLinear
 from trapetum.memory import calibration_bytes
 from trapetum.partial import Done, Partial, fingerprint
+from trapetum.quadratic import full_precision
 from trapetum.quantizers import METHODS, require_scheme
 from trapetum.swap import Report, linears, note_method, quantized_layer, replace, require_outliers
 
@@ -179,7 +180,8 @@ def output_error(weight: Tensor, restored: Tensor, plain: Statistics) -> float:
     """
     dense = weight.detach().float()
     pair = dense - restored.float(), dense
-    lost, total = (float(((rows @ plain.hessian[0]) * rows).sum(dtype=torch.float64)) for rows in pair)
+    with full_precision():
+        lost, total = (float(((rows @ plain.hessian[0]) * rows).sum(dtype=torch.float64)) for rows in pair)
     return lost / total if total > 0 else (float("inf") if lost > 0 else 0.0)
 
 
@@ -304,7 +306,8 @@ class _Run:
         layer, done = self.blocks.model.get_submodule(name), self._kept(name)
         if done is None:
             done = self._quantized(name, layer, plain, guided)
-            self.partial.put(name, _on_cpu(done))
+            if self.partial.keeps:
+                self.partial.put(name, _on_cpu(done))
         self._put(name, done)
 
     def _quantized(self, name: str, layer: nn.Linear, plain, guided) -> Done:
@@ -408,8 +411,13 @@ def _layer_of(
 
 def _identity(model: nn.Module, scheme: Scheme, calibration: Calibration | None) -> dict:
     """What tells a run from others, for the folder of its finished layers."""
-    weight = next(model.parameters())
-    where = {"model": fingerprint(model), "device": weight.device.type}
+    device = next(model.parameters()).device.type
+    where = {
+        "model": fingerprint(model),
+        "device": device,
+        "trapetum": __version__,
+        "torch": torch.__version__,
+    }
     tokens = calibration and {"sha256": calibration.sha256, "sequences": len(calibration.rows)}
     return where | asdict(scheme) | {"calibration": tokens}
 
