@@ -28,6 +28,7 @@ LADDER_ORDER = ("rtn", "rtn-128", "nf4", "lloyd", "kmeans", "rotation", "kmeans-
 
 #: Those that store codes and one codebook a channel and nothing else: the same bytes and the same kernel.
 SAME_BYTES = ("rtn", "nf4", "lloyd", "kmeans", "kmeans-weighted", "awq", "gptq-codebook", "lnq", "lnq-guided")
+_ROW_PX, _GAP_PX, _FRAME_PX = 24, 62, 230
 _TICKS = (0.01, 0.1, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -107,15 +108,17 @@ def accuracy_ladder(
     bits = sorted({x.record.config["bits"] for _, found in rows for x in found}, reverse=True)
     methods = [m for m in _ordered({x.record.method for _, found in rows for x in found})]
     heights = [max(3, len({x.record.method for x in found})) for _, found in rows]
+    pixels = _ROW_PX * sum(heights) + _GAP_PX * (len(rows) - 1)
     figure = make_subplots(
         len(rows), len(bits), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.03,
-        vertical_spacing=0.16 / len(rows), row_heights=heights, column_titles=[f"{b:g} bits" for b in bits],
+        vertical_spacing=_GAP_PX / pixels, row_heights=heights, column_titles=[f"{b:g} bits" for b in bits],
     )  # fmt: skip
     shown = [x.record for _, found in rows for x in found]
     what = "rise of the loss" if shown[0].quantity == "perplexity" else "divergence from the full model"
+    figure.update_annotations(yshift=20)  # the bits, above the first row's name
     figure = new_figure(
         title, provenance(shown, f"{what}, share of round-to-nearest's, lower is better"),
-        170 + 24 * sum(heights) + 40 * len(rows), figure,
+        pixels + _FRAME_PX, figure,
     )  # fmt: skip
     for at, (name, found) in enumerate(rows, start=1):
         _draw_row(figure, at, name, found, bits, methods)
@@ -123,7 +126,7 @@ def accuracy_ladder(
         type="log", tickvals=_TICKS, ticktext=[f"{t:g}" for t in _TICKS], tickangle=0, showticklabels=True
     )
     figure.update_xaxes(title="% left", row=len(rows))
-    figure.update_layout(showlegend=True, margin={"l": 150, "t": 110, "b": 100})
+    figure.update_layout(showlegend=True, margin={"l": 150, "t": 130, "b": 100})
     return add_key(figure, shown, 75)
 
 
@@ -191,11 +194,8 @@ def _rung(r: Record) -> tuple:
 
 def _named(group: Sequence[Record]) -> str:
     config = group[0].config
-    parts = [
-        str(config.get("model", "")),
-        *(f"{k} {config[k]}" for k in ("window", "stride", "tokens") if config.get(k)),
-    ]
-    return "<br>".join([group[0].kind, *parts])
+    sizes = [f"{key} {config[key]}" for key in ("window", "stride", "tokens") if config.get(key)]
+    return f"<b>{group[0].kind}: {config.get('model', '')}</b>, {', '.join(sizes)}"
 
 
 def _ordered(methods: set[str]) -> list[str]:
@@ -218,13 +218,16 @@ def _draw_row(
                 x=0.02, y=0.02, xref="x domain", yref="y domain", xanchor="left", row=at, col=column, **note
             )
         figure.add_vline(x=100, line={"color": ROOF_COLOUR, "dash": "dash", "width": 2}, row=at, col=column)
-    figure.update_yaxes(
-        row=at,
-        categoryorder="array",
-        categoryarray=here[::-1],
-        title={"text": name, "font": {"size": 11}},
-        col=1,
-    )
+    figure.update_yaxes(row=at, col=1, categoryorder="array", categoryarray=here[::-1])
+    where = {
+        "xref": "x domain",
+        "yref": "y domain",
+        "xanchor": "left",
+        "yanchor": "bottom",
+        "row": at,
+        "col": 1,
+    }
+    figure.add_annotation(text=name, x=0, y=1, showarrow=False, font={"size": 12}, **where)
 
 
 def _point(x: Share) -> go.Scatter:
