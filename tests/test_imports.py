@@ -6,6 +6,7 @@ anything with `trapetum.imports`.
 
 import json
 import math
+import random
 import shutil
 import struct
 from fractions import Fraction
@@ -353,6 +354,49 @@ def test_a_model_imports_decodes_saves_and_loads(tmp_path, kind):
     )
 
 
+AQLM = {
+    "quant_method": "aqlm",
+    "num_codebooks": 2,
+    "nbits_per_codebook": 8,
+    "in_group_size": 8,
+    "out_group_size": 1,
+}
+
+
+def test_an_aqlm_model_imports_decodes_saves_and_loads(tmp_path):
+    """The dense twin is summed up here, codebook by codebook."""
+    twin = models.random_model(MODELS["llama-tiny"], dtype=torch.float16)
+    tensors = {n: p.clone() for n, p in twin.named_parameters()}
+    for name, layer in twin.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            codes = torch.randint(
+                -128, 128, (layer.out_features, layer.in_features // 8, 2), dtype=torch.int8
+            )
+            codebooks, scales = (
+                torch.randn(2, 256, 1, 8).half(),
+                torch.rand(layer.out_features, 1, 1, 1).half(),
+            )
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.codes": codes, f"{name}.codebooks": codebooks, f"{name}.scales": scales}
+            vectors = [codebooks[c, :, 0].double()[codes[..., c].long() % 256] for c in (0, 1)]
+            dense = (vectors[0] + vectors[1]).flatten(1) * scales.double().view(-1, 1)
+            layer.weight.data = dense.half()
+    fields = twin.config.to_dict() | {"dtype": "float16"}
+    fields["quantization_config"] = AQLM | {"linear_weights_not_to_quantize": ["lm_head.weight"]}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text(json.dumps(fields))
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    done = imports.import_model(tmp_path / "in", tmp_path / "out")
+    assert (done.layers, done.bits) == (14, 2) and done.nbytes > 0
+    loaded = models.load(str(tmp_path / "out"), dtype="fp32").model
+    for name, layer in twin.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            found = loaded.get_submodule(name).dequantize(torch.float16)
+            torch.testing.assert_close(found, layer.weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(loaded), logits(twin.float()), rtol=2e-2, atol=2e-2)
+    assert len(Engine(loaded, "lean").generate([5, 9], 6).tokens) == 6
+
+
 def test_zero_biases_and_rope_tables_that_old_checkpoints_hold_are_left_out(gptq, tmp_path):
     folder = gptq
     tensors = load_file(folder / "model.safetensors")
@@ -377,7 +421,7 @@ CONFIGS = {
     "awq gemv": (AWQ | {"version": "GEMV"}, ["version is gemv", "only gemm"]),
     "awq without zeros": (AWQ | {"zero_point": False}, ["zero_point is False"]),
     "awq of 3 bits": (AWQ | {"bits": 3}, ["bits is 3"]),
-    "aqlm": ({"quant_method": "aqlm"}, ["AQLM", "2x8"]),
+    "aqlm of another scheme": ({"quant_method": "aqlm"}, ["AQLM", "2x8"]),
 }
 
 
@@ -450,6 +494,33 @@ def test_the_command(gptq, tmp_path):
     assert json.loads(run.stdout)["layers"] == 14
     again = CliRunner().invoke(app, ["import", str(tmp_path / "out"), str(tmp_path / "twice")])
     assert again.exit_code == 2 and "trapetum imports gptq, awq and aqlm" in again.output
+
+
+def test_damaged_checkpoints_are_one_sentence_and_leave_nothing(gptq, tmp_path):
+    """Foreign files hold no hashes, so a flipped code cannot be seen; all else must be refused or be a whole model."""
+    whole, fields = (gptq / "model.safetensors").read_bytes(), json.loads((gptq / "config.json").read_text())
+    length, rng = struct.unpack("<Q", whole[:8])[0], random.Random(0)
+    refusals = 0
+    for seed in range(60):
+        changed, config = bytearray(whole), json.loads(json.dumps(fields))
+        if seed % 3 == 0:
+            changed[rng.randrange(8 + length)] ^= 1 << rng.randrange(8)
+        elif seed % 3 == 1:
+            changed = changed[: rng.randrange(len(whole))] + bytes(rng.randrange(9))
+        else:
+            place = rng.choice([config, config["quantization_config"]])
+            values = [None, -1, 0, 3, 10**20, 1.5, "x", [], {}, True, [[[]]]]
+            place[rng.choice(list(place))] = rng.choice(values)
+        (gptq / "model.safetensors").write_bytes(changed)
+        (gptq / "config.json").write_text(json.dumps(config))
+        try:
+            imports.import_model(gptq, tmp_path / f"out{seed}")
+        except (ModelError, FormatError) as error:
+            said = str(error)
+            assert said.endswith(".") and said.isprintable() and len(said) < 700, said
+            assert not (tmp_path / f"out{seed}").exists()
+            refusals += 1
+    assert refusals > 40
 
 
 def test_loading_without_importing_says_how(gptq):

@@ -435,6 +435,14 @@ def test_an_index_that_is_none(sharded, text, words):
     assert words in refusal(sharded)
 
 
+def test_a_dense_model_that_trapetum_saved_is_checked_while_it_is_quantized(tmp_path):
+    folder = models.save(tiny(), None, tmp_path / "saved")
+    models.load(str(folder), quantize=RTN)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert "SHA-256" in refusal(folder)
+
+
 def test_shards_without_an_index(sharded):
     (sharded / "model.safetensors.index.json").unlink()
     assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(sharded)

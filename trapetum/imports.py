@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from trapetum.aqlm import read_aqlm
 from trapetum.checkpoint import ModelError, save
 from trapetum.formats import BITS, CodebookWeight, FormatError, pack, unpack_rows
 from trapetum.linear import CodebookLinear
@@ -364,7 +365,7 @@ def _require_known(stored: Stored, model: nn.Module, name: str) -> None:
 
 
 def read_foreign(folder: Path, progress: bool = False) -> nn.Module:
-    """A GPTQ or AWQ directory as a model with codebook layers, on the CPU, in eval mode.
+    """A GPTQ, AWQ or AQLM directory as a model with layers of codes, on the CPU, in eval mode.
 
     Raises:
         ModelError: not such a directory, damaged, or not to be converted exactly; one sentence says why and what to do.
@@ -372,8 +373,6 @@ def read_foreign(folder: Path, progress: bool = False) -> nn.Module:
     fields = read_config(folder)
     method, config = _foreign(folder, fields)
     if method == "aqlm":
-        from trapetum.aqlm import read_aqlm
-
         return read_aqlm(folder, fields)
     try:
         convert = _FORMATS[method](config)

@@ -329,6 +329,9 @@ def load(
     read: memory peaks near the quantized size plus one dense layer, and the codes are those of `quantize_model` on the
     model loaded dense.
 
+    A directory that trapetum wrote is checked as it is read, each tensor once (`trapetum.stored`): hashes, shapes, dtypes,
+    finite values, codes within their codebooks. No pickled weights are opened, whatever their name.
+
     Args:
         name: "builtin", "random:llama-2-7b" (any of `shapes.MODELS`), a local directory (dense, or written by
             `save`), or a hub id.

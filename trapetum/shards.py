@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trapetum.checkpoint import ModelError
-from trapetum.tensor_files import FormatError, shown, strict_json
+from trapetum.formats import FormatError, described
+from trapetum.tensor_files import TensorFile, digest, shown, strict_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,7 +92,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path):
-        self._folder, self.entries = folder, {}
+        self._folder, self.entries, self._hashed = folder, {}, {}
         files = files_of(folder)
         names = [SINGLE] if files is None else sorted(set(files.values()))
         absent = [name for name in names if not os.path.isfile(folder / name)]
@@ -101,8 +102,21 @@ class Shards:
             )
         for name in names:
             self._add(_header(folder / name))
+            self._hashed |= self._hashes(name)
         if files is not None:
             self._require_as_indexed(files)
+
+    def _hashes(self, name: str) -> dict[str, str]:
+        """Of the tensors of a file that trapetum wrote; of others none."""
+        with safe_open(str(self._folder / name), framework="pt") as file:
+            if "trapetum" not in (file.metadata() or {}):
+                return {}
+        try:
+            with TensorFile(self._folder / name) as file:
+                found = described(file)
+        except FormatError as error:
+            raise ModelError(str(error)) from error
+        return found.digests or {} if found else {}
 
     def _add(self, header: dict[str, Entry]) -> None:
         twice = header.keys() & self.entries.keys()
@@ -167,14 +181,19 @@ class Shards:
         """One tensor as stored; on the CPU it stands in the mapped file, so what is kept must be copied.
 
         Raises:
-            ModelError: the file cannot be read (any more).
+            ModelError: the file cannot be read (any more), or it holds a hash of the tensor that is another.
         """
         path = self._folder / self.entries[name].file
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
-                return file.get_tensor(name)
+                value = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{name} cannot be read from {path} ({error}); download it again.") from error
+        if name in self._hashed and digest(value) != self._hashed[name]:
+            raise ModelError(
+                f"the tensor {name} in {path} is not what was stored (its SHA-256 differs); copy or make the file again."
+            )
+        return value
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two matrices hold the same values, compared a part at a time."""
