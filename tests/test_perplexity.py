@@ -5,9 +5,24 @@ import math
 import pytest
 import torch
 
-from trapetum.perplexity import bootstrap_interval, divergence, perplexity, spans
+from trapetum.paths import BUILTIN_MODEL, ROOT
+from trapetum.perplexity import against, bootstrap_interval, divergence, perplexity, spans
 
 VOCABULARY = 97
+WIKITEXT = ROOT.parent / "shared" / "wikitext-2" / "test.txt"  # beside a clone, where there is one
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    from trapetum.models import load
+
+    if not BUILTIN_MODEL.is_dir():
+        pytest.skip("the built-in model is not in data/model")
+    return load("builtin", dtype="fp32")
+
+
+def read_tokens(loaded, text, count):
+    return loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][:count]
 
 
 def tiny_llama(seed: int):
@@ -65,6 +80,36 @@ def test_agrees_with_transformers(model, tokens, window, stride):
     assert math.log(found.value) == pytest.approx(loss, abs=1e-4)
     assert (found.tokens, found.window, found.stride) == (count, window, stride)
     assert sum(found.counts) == count and len(found.nll) == len(found.counts)
+
+
+@pytest.mark.parametrize("stride", [512, 256])
+def test_a_trained_model_agrees_with_transformers_on_a_text(builtin, stride):
+    from trapetum.text import load_text
+
+    ids = read_tokens(builtin, load_text("builtin", 8000), 1300)
+    found = perplexity(builtin.model, ids, 512, stride)
+    loss, count = loss_by_transformers(builtin.model, ids, 512, stride)
+    assert math.log(found.value) == pytest.approx(loss, abs=1e-4) and found.tokens == count
+    assert found.value < 60  # it has learned something, so that the comparison is of more than noise
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="there is no WikiText-2 beside this clone")
+def test_any_text_file_can_be_scored(builtin):
+    from trapetum.text import load_text
+
+    ids = read_tokens(builtin, load_text(str(WIKITEXT), 8000), 1300)
+    found = perplexity(builtin.model, ids, 512, 512)
+    loss, _ = loss_by_transformers(builtin.model, ids, 512, 512)
+    assert math.log(found.value) == pytest.approx(loss, abs=1e-4)
+    assert 100 < found.value < 1e5  # the built-in model knows Python's documentation, not an encyclopedia
+
+
+def test_perplexity_and_divergence_in_one_pass_are_those_of_two(model, tokens):
+    other = tiny_llama(1)
+    scored, apart = against(model, other, tokens, 32, 20, batch=3)
+    assert scored == perplexity(other, tokens, 32, 20, batch=3)
+    assert apart == divergence(model, other, tokens, 32, 20, batch=3)
+    assert apart.kl > 0 and scored.value != perplexity(model, tokens, 32, 20).value
 
 
 def test_batch_size_does_not_matter(model, tokens):
