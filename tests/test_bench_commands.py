@@ -18,7 +18,7 @@ def run(*arguments, code=0):
     return result
 
 
-@pytest.mark.parametrize("command", ["context", "agreement", "breakdown", "energy"])
+@pytest.mark.parametrize("command", ["accuracy", "context", "agreement", "breakdown", "energy"])
 def test_help_has_an_example(command):
     assert f"Example: trapetum bench {command}" in run(command, "--help").stdout
 
@@ -51,6 +51,37 @@ def test_context_and_breakdown_print_tables():
 def test_agreement_prints_shares_and_errors():
     said = run("agreement", *TINY, "--stage", "lean", "--prompts", 2, "-n", 4).stdout
     assert said.count("token_agreement") == 2 and said.count("logit_error") == 2
+
+
+def test_accuracy_saves_each_rung_and_takes_its_options(tmp_path, monkeypatch):
+    from trapetum import bench, records
+    from trapetum.bench.recording import Recorder
+
+    kept, seen = tmp_path / "kept.jsonl", []
+
+    def rungs(*arguments):
+        seen.append(arguments)
+        for method in ("fp", "lnq"):
+            recorder = Recorder("cpu", "smoke")
+            recorder.add("perplexity", [20.0], method, {"model": "tiny", "bits": 4, "window": 64})
+            yield recorder.close()
+            assert len(records.load(kept).records) == (1 if method == "fp" else 2)  # before the next rung
+
+    monkeypatch.setattr(bench, "accuracy_by_rung", rungs)
+    words = ("--text", "a.txt", "--stress", "--seeds", 2, "--window", 64, "--stride", 32, "--tokens", 100)
+    more = ("--method", "lnq", "--bits", 3, "--calibrate", "b.txt", "--profile", "smoke", "--device", "cpu")
+    said = run("accuracy", "--model", "out/tiny", *words, *more, "--save", kept)
+    expected = ("out/tiny", "cpu", ["lnq"], [3], "smoke", "a.txt", True, 2, 64, 32, 100, "b.txt")
+    assert (
+        seen == [expected]
+        and "perplexity" in said.stdout
+        and "lnq, 4 bits: perplexity 20.0000" in said.stderr
+    )
+
+
+def test_accuracy_refuses_an_unknown_method():
+    said = run("accuracy", "--model", "builtin", "--method", "gptqq", "--device", "cpu", code=2)
+    assert said.stderr.startswith("trapetum: no method 'gptqq' on the ladder")
 
 
 def test_energy_without_a_counter_is_one_sentence(monkeypatch):

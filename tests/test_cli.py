@@ -22,6 +22,7 @@ COMMANDS = [
     ["bench", "crosscheck"],
     ["bench", "profile"],
     ["bench", "context"],
+    ["bench", "accuracy"],
     ["bench", "agreement"],
     ["bench", "breakdown"],
     ["bench", "energy"],
