@@ -204,6 +204,17 @@ def test_a_quantized_model_is_refused():
             change(model)
 
 
+def test_a_quantized_head_is_refused_before_anything_is_folded():
+    model = made("llama")
+    whole = copy.deepcopy(model)
+    models.quantize_model(whole, 4, "rtn", lm_head=True, progress=False)
+    model.lm_head = whole.lm_head
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="lm_head is a CodebookLinear"):
+        equivalence.rotate(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_an_unknown_architecture_is_refused():
     from transformers import AutoConfig, AutoModelForCausalLM
 

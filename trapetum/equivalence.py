@@ -232,9 +232,11 @@ def fold_norms(model: nn.Module) -> Note:
 
     Raises:
         ModelError: an architecture or feature that is not supported.
-        ValueError: a quantized layer, or a value that the weights' dtype cannot hold.
+        ValueError: a quantized layer, or a value that the weights' dtype cannot hold (load the model again after the latter: the
+            layers before it are changed).
     """
-    for block in _blocks(model):
+    blocks, head = _blocks(model), _linear(model, "lm_head")
+    for block in blocks:
         for place, norm in _NORMS.items():
             readers = {name: _linear(block, name) for name in PLACES[place]}
             _write(list(_norm_changes(block.get_submodule(norm), readers)))
@@ -242,7 +244,7 @@ def fold_norms(model: nn.Module) -> Note:
     added = 0
     if not bool((last.weight == 1).all()):
         added = _untie(model)
-        _write(list(_norm_changes(last, {"lm_head": _linear(model, "lm_head")})))
+        _write(list(_norm_changes(last, {"lm_head": head})))
     return Note("Norm gains are folded into the linears." + _untied_note(added), added)
 
 
@@ -343,7 +345,8 @@ def rotate(model: nn.Module, seed: int = 0) -> Note:
 
     Raises:
         ModelError: an architecture or feature that is not supported.
-        ValueError: a quantized layer, or a value that the weights' dtype cannot hold.
+        ValueError: a quantized layer, or a value that the weights' dtype cannot hold (load the model again after the latter: the
+            layers before it are changed).
 
     Source: incoherence: Chee et al., "QuIP", arXiv:2307.13304; folded rotations: Ashkboos et al., "QuaRot",
         arXiv:2404.00456, and Liu et al., "SpinQuant", arXiv:2405.16406 (whose learned ones this is not).
@@ -404,7 +407,8 @@ def stress(model: nn.Module, seed: int = 0, share: float = SHARE, factor: float 
 
     Raises:
         ModelError: an architecture or feature that is not supported.
-        ValueError: share or factor out of range, a quantized layer, or a value that the weights' dtype cannot hold.
+        ValueError: share or factor out of range, a quantized layer, or a value that the weights' dtype cannot hold (load the
+            model again after the latter: the layers before it are changed).
 
     Source: that a few input channels of large models are tens of times larger than the rest: Dettmers et al.,
         "LLM.int8()", arXiv:2208.07339; that about 1 % of the channels decides what rounding costs: Lin et al., "AWQ",
