@@ -382,5 +382,4 @@ def test_gradients_of_a_float16_model_do_not_underflow():
     expected = hessians.row_squares(Blocks(model), tokens, 4)
     found = hessians.row_squares(Blocks(model.cuda()), tokens, 4)
     for name, one in expected.items():
-        assert float(found[name].min(0).values[:-1].max()) >= 0
         assert float((found[name] - one).norm() / one.norm()) < 0.05, name

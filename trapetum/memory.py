@@ -9,6 +9,7 @@ _TILE = 16  # tokens that a 16-bit cache is rounded up to
 _RING = 128  # tokens that a quantized cache also holds in 16 bits
 #: Tokens whose products are added to the sums of calibration at once.
 AT_ONCE = 8192
+_ONE_HOT = 1 << 27  # entries of the one-hot matrix that a codebook step holds at most, on a GPU
 
 
 def cache_bytes(shape: ModelShape, context: int, kv: str = "fp16") -> int:
@@ -139,7 +140,7 @@ def calibration_bytes(
     """Bytes that `trapetum.quantizing` takes while it calibrates and quantizes a model, by part.
 
     For Llama-2-7B with 128 x 2048 tokens, guided with 4 groups, in 16 bits, that is 13.5 GB of model, 2.1 of hidden states,
-    4.2 of Hessians, 1.5 of inputs that are added to them at once, 1.8 for one sequence and 5.0 for one layer: 28.1 GB on the
+    4.2 of Hessians, 1.5 of inputs that are added to them at once, 1.8 for one sequence and 7.1 for one layer: 30.3 GB on the
     GPU, and 0.9 GB of token weights on the host.
 
     Args:
@@ -154,15 +155,17 @@ def calibration_bytes(
         "model" (16 bits a parameter); "hidden states" of all sequences; "Hessians" of one decoder layer, or of the head where
         it is larger; "inputs" of one decoder layer's linears, twice, and the widest in float32, twice; "one sequence" (its
         hidden states before every layer, what one layer keeps for its gradients, and logits with their gradient:
-        *estimated*); "one layer" (twice the Hessian and six times the weight of its largest linear, float32: *estimated*);
-        "token weights" (kept on the host).
+        *estimated*); "one layer" (twice the Hessian and six times the weight of its largest linear, and four one-hot
+        matrices of LNQ at 16 codes, float32: *estimated*); "token weights" (kept on the host).
     """
     linears = shape.linears()
     head = _FLOAT * (1 + groups) * shape.hidden**2 if lm_head else 0
     kept = shape.layers * shape.hidden if groups else shape.hidden
     graph = (8 if groups else 2) * (shape.hidden + shape.intermediate)
     logits = 3 * _FLOAT * shape.vocab if groups or lm_head else 0
-    largest = max(2 * max(1, groups) * i * i + 6 * i * o for _, i, o in linears)
+    largest = max(
+        2 * max(1, groups) * i * i + 6 * i * o + 4 * min(_ONE_HOT, 16 * i * o) for _, i, o in linears
+    )
     waiting = min(tokens, max(AT_ONCE, longest))
     inputs = 2 * shape.hidden + shape.heads * shape.head_dim + shape.intermediate
     return {
