@@ -29,6 +29,8 @@ from trapetum.memory import AT_ONCE
 _PEAK = 3
 #: Powers of two to go down by where a gradient inside a layer overflows float16 all the same.
 _RETREATS = (0, 6, 12)
+#: A product's upper half is taken in so many strips, each of at least so many rows.
+_STRIPS, _STRIP = 4, 256
 
 
 # Inputs and Hessians
@@ -68,6 +70,14 @@ def _owners(inputs: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(x), name) for name, x in inputs.items()}
 
 
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to a sum [in, in], in strips from the diagonal rightwards: what lies below mirrors it and is left out."""
+    inputs = x.shape[1]
+    strip = max(_STRIP, -(-inputs // _STRIPS))
+    for start in range(0, inputs, strip):
+        total[start : start + strip, start:].addmm_(x[:, start : start + strip].T, x[:, start:])
+
+
 class Sums:
     """Running sums of x x^T over tokens, in float32, for the linears of one stage.
 
@@ -103,7 +113,7 @@ class Sums:
         for owner, x in rows.items():
             with _products(x):
                 wide = x.float()
-                self._sum(self._plain, owner, wide, 1)[0].addmm_(wide.T, wide)
+                _add_square(self._sum(self._plain, owner, wide, 1)[0], wide)
                 for name in (name for name in self._weights if self._owner[name] == owner):
                     self._add_guided(name, wide, self._weights[name][self._summed : self.tokens])
         self._summed = self.tokens
@@ -117,8 +127,7 @@ class Sums:
     def _add_guided(self, name: str, x: Tensor, weights: Tensor) -> None:
         roots = weights.to(x.device).sqrt().T
         for total, root in zip(self._sum(self._guided, name, x, len(roots)), roots, strict=True):
-            scaled = x * root[:, None]
-            total.addmm_(scaled.T, scaled)
+            _add_square(total, x * root[:, None])
 
     def finish(self) -> dict[str, tuple[Statistics, Statistics | None]]:
         """The plain and, where there are weights, the guided statistics of each linear; the sums are used up.
@@ -141,7 +150,8 @@ class Sums:
     def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, total in sums.items():
             for one in total:
-                one.copy_((one + one.T) / (2 * self.tokens))  # the two halves of a product may round apart
+                one.div_(self.tokens).triu_()
+                one += one.triu(1).T
             if not bool(total.isfinite().all()):
                 raise CalibrationError(
                     f"the inputs of {name} hold NaN, infinity or squares beyond float32; check the checkpoint and its dtype."
