@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from trapetum.calibration import Statistics
-from trapetum.quantizers import METHODS, NF4, group_rtn, quantize, require_scheme, row_groups, weight_error
+from trapetum.gptq import gptq
+from trapetum.lnq import lnq
+from trapetum.quadratic import form, row_groups
+from trapetum.quantizers import METHODS, NF4, group_rtn, quantize, require_scheme, weight_error
 
 NEAREST = [m for m in METHODS if m not in ("lnq", "lnq-guided", "gptq-codebook", "additive")]
 
@@ -180,6 +183,27 @@ def test_hessian_methods_see_all_rows(monkeypatch):
     second = [quantize(weight, 3, m, statistics=statistics) for m in METHODS if METHODS[m].needs_hessian]
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.codes, b.codes) and torch.equal(a.codebook, b.codebook)
+
+
+@pytest.mark.parametrize("method", ["lnq", "lnq-guided"])
+def test_what_lnq_measured_is_what_is_stored(method):
+    weight, statistics = heavy_tailed(10, 150), statistics_of(150, groups=3)
+    fitted = lnq(weight, 8, statistics.hessian)
+    quantized = quantize(weight, 3, method, statistics=statistics)
+    assert torch.equal(quantized.indices(), fitted.codes)
+    assert torch.equal(quantized.codebook.float(), fitted.codebook)
+    residual, error = (quantized.dequantize() - weight).double(), 0.0
+    for g, rows in row_groups(10, 3):
+        of = form(statistics.hessian[g])
+        error += of.scale * float(((residual[rows] @ of.hessian.double()) * residual[rows]).sum())
+    assert fitted.objective[-1] == pytest.approx(error, rel=1e-4)
+
+
+def test_gptq_is_stored_as_it_is():
+    weight, statistics = heavy_tailed(10, 150), statistics_of(150, groups=3)
+    codebook, codes = gptq(weight, 16, statistics.hessian)
+    quantized = quantize(weight, 4, "gptq-codebook", statistics=statistics)
+    assert torch.equal(quantized.indices(), codes) and torch.equal(quantized.codebook.float(), codebook)
 
 
 def test_awq_grid_is_the_best_of_its_clips():
