@@ -164,7 +164,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid, int64 [n]."""
     squares = centroids.square().sum(1)
     parts = points.split(_CHUNK_GROUPS)
-    return torch.cat([torch.addmm(squares, part, centroids.T, alpha=-2).argmin(1) for part in parts])
+    return torch.cat([torch.addmm(squares, part, centroids.T, alpha=-2).min(1).indices for part in parts])
 
 
 def _members_sum(codes: Tensor, values: Tensor) -> Tensor:
@@ -340,9 +340,8 @@ def _beam_search(pull: Tensor, metric: Tensor, books: Tensor, codes: Tensor, bea
         most = beam if c + 1 < n_books else 1
         best = _least(scores.flatten(1), most)
         parents = (best // ENTRIES).unsqueeze(-1).expand(-1, -1, n_books)
-        kept = kept.gather(1, parents).index_copy(
-            2, torch.tensor([c], device=codes.device), (best % ENTRIES).unsqueeze(-1)
-        )
+        kept = kept.gather(1, parents)
+        kept[..., c] = best % ENTRIES
     return kept[:, 0]
 
 
