@@ -232,8 +232,8 @@ def fold_norms(model: nn.Module) -> Note:
 
     Raises:
         ModelError: an architecture or feature that is not supported.
-        ValueError: a quantized layer, or a value that the weights' dtype cannot hold (load the model again after the latter: the
-            layers before it are changed).
+        ValueError: a quantized layer, or a value that the weights' dtype cannot hold (load the model again after the
+            latter: the layers before it are changed).
     """
     blocks, head = _blocks(model), _linear(model, "lm_head")
     for block in blocks:
@@ -345,8 +345,8 @@ def rotate(model: nn.Module, seed: int = 0) -> Note:
 
     Raises:
         ModelError: an architecture or feature that is not supported.
-        ValueError: a quantized layer, or a value that the weights' dtype cannot hold (load the model again after the latter: the
-            layers before it are changed).
+        ValueError: a quantized layer, or a value that the weights' dtype cannot hold (load the model again after the
+            latter: the layers before it are changed).
 
     Source: incoherence: Chee et al., "QuIP", arXiv:2307.13304; folded rotations: Ashkboos et al., "QuaRot",
         arXiv:2404.00456, and Liu et al., "SpinQuant", arXiv:2405.16406 (whose learned ones this is not).
