@@ -257,6 +257,43 @@ def test_a_hash_is_of_dtype_shape_and_bytes():
     assert digest(torch.tensor([[1.0, -2.0]]).half()) == expected
 
 
+def written(folder, header: bytes, data: bytes):
+    path = folder / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def entry(name, start, stop):
+    return f'"{name}": {{"dtype": "U8", "shape": [{stop - start}], "data_offsets": [{start}, {stop}]}}'
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([entry("a", 0, 3), entry("b", 4, 6)], "b does not begin where the one before it ends"),  # a gap
+        ([entry("a", 0, 4), entry("b", 2, 6)], "b does not begin where the one before it ends"),  # an overlap
+        (
+            [entry("a", 0, 6), entry("b", 0, 6)],
+            "does not begin where the one before it ends",
+        ),  # one place for two
+        ([entry("a", 1, 6)], "a does not begin where the one before it ends"),
+        ([entry("a", 0, 5)], "1 bytes behind the last tensor"),
+        ([entry("a", 0, 7)], "a has offsets outside the 6 bytes"),
+        ([entry("a", 0, 6), entry("a", 0, 6)], "'a' stands in it twice"),
+        ([entry("a", 0, 6), '"__metadata__": {"x": "1", "x": "1"}'], "'x' stands in it twice"),
+    ],
+)
+def test_tensors_lie_end_to_end_each_once(tmp_path, entries, words):
+    with pytest.raises(FormatError, match=words):
+        TensorFile(written(tmp_path, f"{{{', '.join(entries)}}}".encode(), b"abcdef"))
+
+
+def test_a_file_of_others_is_read_as_it_is(tmp_path):
+    header = f"{{{entry('b', 2, 6)}, {entry('a', 0, 2)}, {entry('none', 6, 6)}}}   ".encode()
+    with TensorFile(written(tmp_path, header, b"abcdef")) as file:
+        assert [bytes(file.read(name).tolist()) for name in ("a", "b", "none")] == [b"ab", b"cdef", b""]
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.binary(max_size=200))
 def test_load_survives_any_bytes(tmp_path_factory, data):

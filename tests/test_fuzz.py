@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trapetum import models
+from trapetum import additive, models, swap
+from trapetum.additive_linear import AdditiveLinear
 from trapetum.checkpoint import ModelError, config_digest
 from trapetum.formats import FormatError
 from trapetum.shapes import MODELS
@@ -52,12 +53,16 @@ class Files(dict):
         self[CONFIG] = json.dumps(config).encode()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A quantized directory: codes that do not use all of their bits, two schemes, biases, a dense head."""
+def dense():
     small = dict(hidden=16, intermediate=24, heads=2, kv_heads=1, head_dim=8, vocab=32)
     shape = replace(MODELS["llama-tiny"], layers=1, biases=("q_proj", "k_proj", "v_proj", "o_proj"), **small)
-    model = models.random_model(shape, dtype=torch.float32)
+    return models.random_model(shape, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A quantized directory: codes that do not use all of their bits, two schemes, biases, a quantized head."""
+    model = dense()
     models.quantize_model(model, bits=4, n_codes=11, progress=False)
     models.randomize_codes(model, bits=3, lm_head=True)
     return models.save(model, None, tmp_path_factory.mktemp("saved") / "model")
@@ -548,6 +553,69 @@ def test_malice(tmp_path, files, change):
         rng.choice([sign, strip])(changed)
         result = outcome(write(tmp_path / "model", changed))
         assert isinstance(result, str) or all(p.isfinite().all() for p in result.parameters())
+
+
+def _with_outliers():
+    model = dense()
+    models.quantize_model(model, bits=4, progress=False, outliers=0.02)
+    return model
+
+
+def _with_additive_layers():
+    model, generator = dense(), torch.Generator().manual_seed(0)
+    for name, layer in swap.linears(model):
+        weight = additive.random(layer.out_features, layer.in_features, 2, generator)
+        swap.replace(model, name, AdditiveLinear.from_weight(weight, layer.bias))
+    return model
+
+
+FORMAT = [
+    cut,
+    flipped_in_data,
+    flipped_in_header,
+    swapped,
+    renamed,
+    misnumbered,
+    misshapen,
+    mistyped,
+    undescribed,
+    lost,
+]
+
+
+@pytest.mark.parametrize("make", [_with_outliers, _with_additive_layers], ids=["outliers", "additive"])
+def test_damage_and_malice_in_other_layers(tmp_path, make):
+    """They have tensors of their own: values, columns and rows kept apart, or vectors and scales."""
+    saved = models.save(make(), None, tmp_path / "saved")
+    files, whole = Files({p.name: p.read_bytes() for p in saved.iterdir()}), models.load(str(saved)).model
+    for change in [*FORMAT, quantized_otherwise]:
+        for seed in range(8):
+            rng, changed = random.Random(f"{change.__name__} {seed}"), copy.copy(files)
+            change(rng, changed)
+            result = outcome(write(tmp_path / "model", changed))
+            assert isinstance(result, str) or same(result, whole), f"{change.__name__}, seed {seed}"
+            rng.choice([sign, strip])(changed)
+            outcome(write(tmp_path / "model", changed))
+
+
+SIZES = [
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "head_dim",
+]
+
+
+@pytest.mark.parametrize("size", [10**7, 2**31 - 1, 2**62])
+@pytest.mark.parametrize("field", SIZES)
+def test_sizes_that_no_memory_holds_are_refused_before_anything_is_made(tmp_path, files, field, size):
+    """By somebody who signs them; a model of so many layers would take minutes to make, even without memory."""
+    changed = copy.copy(files)
+    changed.put_config(files.config() | {field: size})
+    sign(changed)
+    assert isinstance(outcome(write(tmp_path / "model", changed)), str)
 
 
 def poisoned(files: Files, name: str, value: bytes, seal) -> Files:
