@@ -116,8 +116,16 @@ def test_datasets_give_their_training_part(monkeypatch):
     asked = []
     monkeypatch.setattr(texts, "load_text", lambda spec, most: asked.append(spec) or "words")
     assert calibration.read("wikitext-2", 10) == ("words", "wikitext-2:train")
-    assert calibration.read("owner/name", 10) == ("words", "owner/name")
-    assert asked == ["Salesforce/wikitext:wikitext-2-raw-v1:train:text", "owner/name"]
+    assert calibration.read("owner/name", 10) == ("words", "owner/name::train")
+    assert calibration.read("owner/name:small", 10)[1] == "owner/name:small:train"
+    for as_it_is in ("owner/name:small:test", "owner/name::validation:body", "folder/text.txt", __file__):
+        assert calibration.read(as_it_is, 10) == ("words", as_it_is)
+    datasets = [
+        "Salesforce/wikitext:wikitext-2-raw-v1:train:text",
+        "owner/name::train",
+        "owner/name:small:train",
+    ]
+    assert asked[:3] == datasets and len(asked) == 7
 
 
 def test_a_short_text_gives_fewer_windows(tokenizer, tmp_path):

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from trapetum import bench, generation, quantize_job, swap
 from trapetum.cli import app, bench_app
+from trapetum.quantizers import METHODS
 
 runner = CliRunner()
 COMMANDS = [
@@ -99,6 +100,11 @@ def test_quantize_generate_perplexity(tmp_path):
     assert said.startswith("Return the") and "tok/s" in said and "GB/s" in said and "J/token" in said
     told = json.loads(run("perplexity", out, "--max-tokens", 1024, "--device", "cpu", "--json").stdout)
     assert told["window"] == 512 and told["stride"] == 256 and 1 < told["value"] < 4096
+
+
+def test_quantize_names_every_method():
+    said = " ".join(run("quantize", "--help").stdout.replace("│", " ").split())
+    assert [name for name in METHODS if f" {name}" not in said] == []
 
 
 def test_quantize_with_calibration(tmp_path):

@@ -5,8 +5,10 @@ The tokens are random windows of a text, chosen by a seed. `trapetum.hessians` t
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from trapetum import text as texts
 #: Sequences, their length and the groups of output rows that published calibrations use.
 SEQUENCES, LENGTH, GROUPS = 128, 2048, 4
 _CHARACTERS_A_TOKEN = 8
+_NO_SPLIT = re.compile(r"([\w.-]+/[\w.-]+(?<!\.txt)(?<!\.md))(?::([^:/]*))?")
 _TEXT_TIMES = 4  # windows are drawn from a text of about so many times their length
 
 
@@ -101,8 +104,8 @@ def read(text: str, max_chars: int) -> tuple[str, str]:
     """A text to calibrate on by name: never the part of it that perplexities are measured on.
 
     Args:
-        text: as for `trapetum.text.load_text`; `builtin` and the names of `trapetum.text.DATASETS` give their training
-            part, where `load_text` gives what is held out.
+        text: as for `trapetum.text.load_text`; `builtin`, the names of `trapetum.text.DATASETS` and hub datasets without
+            a split give their training part, where `load_text` gives what is held out.
         max_chars: at most about this many characters, from the start.
 
     Returns:
@@ -116,6 +119,9 @@ def read(text: str, max_chars: int) -> tuple[str, str]:
     if text in texts.DATASETS:
         name, config, _, column = texts.DATASETS[text]
         return texts.load_text(f"{name}:{config}:train:{column}", max_chars), f"{text}:train"
+    if not Path(text).is_file() and (found := _NO_SPLIT.fullmatch(text)):
+        name, config = found[1], found[2] or ""
+        return texts.load_text(f"{name}:{config}:train", max_chars), f"{name}:{config}:train"
     return texts.load_text(text, max_chars), text
 
 

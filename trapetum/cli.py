@@ -705,14 +705,15 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="How codes are chosen; default kmeans, with --calibrate lnq-guided. An unknown one lists all."
+            help="rtn, nf4, lloyd, kmeans (the default), rotation, additive; with data kmeans-weighted, awq, "
+            "gptq-codebook, lnq, lnq-guided (the default with --calibrate)."
         ),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="Text to calibrate on: a file, wikitext-2 or another dataset, or builtin (the training part of each)."
+            help="Text to calibrate on: a file, builtin, wikitext-2 or a hub dataset (of these the training part)."
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Windows of the text, at most.")] = 128,
