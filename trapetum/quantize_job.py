@@ -50,7 +50,7 @@ class Job:
     def streams(self) -> bool:
         """Whether the weights can be quantized while they are read."""
         known = METHODS.get(self.method)
-        only_whole = self.outliers or (known is not None and known.transform and not known.needs)
+        only_whole = known is not None and known.transform and not known.needs
         return self.text is None and not only_whole
 
 
@@ -145,7 +145,7 @@ def quantize_to(
     out = Path(out)
     checkpoint.require_replaceable(out.expanduser().absolute())
     if job.streams:
-        spec = QuantizeSpec(job.bits, job.method, lm_head=job.lm_head)
+        spec = QuantizeSpec(job.bits, job.method, lm_head=job.lm_head, outliers=job.outliers)
         loaded = models.load(model, device, quantize=spec, progress=progress)
         report = loaded.report
     else:
