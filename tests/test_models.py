@@ -301,3 +301,23 @@ def test_seven_billion_random_weights_are_made_once():
     loaded = models.load("random:llama-2-7b", device="cuda")
     size = models.weight_bytes(loaded.model)
     assert size > 13e9 and torch.cuda.max_memory_allocated() < 1.1 * size
+
+
+@pytest.mark.gpu
+def test_a_saved_model_is_checked_on_its_way_to_the_gpu(tiny, tmp_path):
+    models.quantize_model(tiny, bits=4, n_codes=11, progress=False)
+    folder = models.save(tiny, None, tmp_path / "model")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loaded = models.load(str(folder), device="cuda").model
+    stored = {name: tensor.cpu() for name, tensor in loaded.state_dict().items()}
+    assert all(tensor.is_cuda for tensor in loaded.state_dict().values())
+    assert stored.keys() == tiny.state_dict().keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tiny.state_dict().items())
+    room = models.weight_bytes(loaded) + 2e6  # temporary sums of the checks
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * room
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(models.ModelError) as message:
+        models.load(str(folder), device="cuda")
+    assert_refused(message, "SHA-256")

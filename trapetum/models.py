@@ -22,7 +22,7 @@ from trapetum.architectures import (  # noqa: F401
 from trapetum.checkpoint import OWNER, ModelError, quantization_config, save  # noqa: F401
 from trapetum.memory import memory_estimate  # noqa: F401
 from trapetum.paths import BUILTIN_MODEL
-from trapetum.reading import read_model
+from trapetum.reading import first_sentence, read_model
 from trapetum.shapes import MODELS, ModelShape
 from trapetum.shards import INDEX, SINGLE, files_of
 from trapetum.stored import is_ours, read_config
@@ -130,11 +130,6 @@ def _require_complete(missing, name: str) -> None:
         )
 
 
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
 def require_own(fields: dict, name: str) -> None:
     """Refuse, by its config.json, a checkpoint of a format that must be imported first.
 
@@ -223,7 +218,7 @@ def _one_sentence(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{folder} cannot be loaded ({_first_sentence(error)}).") from error
+        raise ModelError(f"{folder} cannot be loaded ({first_sentence(error)}).") from error
 
 
 def _stored(folder: Path, fields: dict, name: str, kind: str, device, dtype) -> Loaded:
@@ -281,7 +276,7 @@ def _hub_sentence(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # the hub client raises its own, requests', httpx' and the system's errors
         raise ModelError(
-            f"the Hugging Face hub did not give {name!r} ({_first_sentence(error)}); check the id and the network, "
+            f"the Hugging Face hub did not give {name!r} ({first_sentence(error)}); check the id and the network, "
             "or give a local directory, 'builtin', or 'random:SHAPE'."
         ) from error
 

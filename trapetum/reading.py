@@ -23,7 +23,8 @@ _FLOATS = {str(DTYPES[name]).removeprefix("torch."): DTYPES[name] for name in ("
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """The type of an error and the start of what it says, on one line of at most some 200 characters."""
     text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
@@ -73,7 +74,7 @@ def buildable(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # of many types, some of their own
         raise ModelError(
-            f"{folder / CONFIG} describes no model that can be made ({_first_sentence(error)}); copy it again."
+            f"{folder / CONFIG} describes no model that can be made ({first_sentence(error)}); copy it again."
         ) from error
 
 
