@@ -25,12 +25,15 @@ OTHERS = {
     "mma_formats.cu": [(f"FORMAT={f}",) for f in (8, 4, 1)],
 }
 ELSEWHERE = {
+    "coordinate_descent.cu",
     "kmeans.cu",
     "additive_gemv.cu",
     "decode_attention.cu",
     "dense_decode.cu",
     "next_token.cu",
     "persistent_floor.cu",
+    "sparse_gemv.cu",
+    "sparse_gemv.cu",
 }  # compiled by the tests of their own
 
 

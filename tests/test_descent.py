@@ -11,7 +11,7 @@ import torch
 from trapetum import build, descent
 from trapetum.descent import descend, sweep, sweep_torch
 
-ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
+ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SHAPES = [
     (1, 1, 2),
     (7, 3, 3),
