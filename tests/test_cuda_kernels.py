@@ -26,13 +26,13 @@ OTHERS = {
 }
 ELSEWHERE = {
     "coordinate_descent.cu",
+    "coordinate_descent.cu",
     "kmeans.cu",
     "additive_gemv.cu",
     "decode_attention.cu",
     "dense_decode.cu",
     "next_token.cu",
     "persistent_floor.cu",
-    "sparse_gemv.cu",
     "sparse_gemv.cu",
 }  # compiled by the tests of their own
 
