@@ -10,7 +10,7 @@ from trapetum.formats import FormatError
 from trapetum.sparse import Outliers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def heavy(out_features=37, in_features=130, seed=0, dtype=torch.float32):
