@@ -9,6 +9,7 @@ import math
 import random
 import shutil
 import struct
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -288,7 +289,7 @@ def write_checkpoint(folder, config, oracle, make, shape=MODELS["llama-tiny"], h
             inputs, outputs = layer.in_features, layer.out_features
             scales = (0.01 + 0.01 * torch.rand(1, outputs)).half()
             parts = make(numbers(bits, inputs, outputs), numbers(bits, 1, outputs, low=1), scales)
-            del tensors[f"{name}.weight"]
+            tensors.pop(f"{name}.weight", None)  # a tied head has none of its own
             tensors |= {f"{name}.{part}": value for part, value in parts.items()}
             layer.weight.data = torch.tensor(oracle(parts), dtype=torch.float64).half()
     folder.mkdir()
@@ -413,6 +414,7 @@ def test_zero_biases_and_rope_tables_that_old_checkpoints_hold_are_left_out(gptq
 
 CONFIGS = {
     "a planar format": ({"checkpoint_format": "gptq_p"}, ["gptq_p", "gptq_v2"]),
+    "a planar format by its newer name": ({"checkpoint_format": None, "format": "gptq_p"}, ["gptq_p"]),
     "words of 16 bits": ({"pack_dtype": "int16"}, ["int16"]),
     "no bits": ({"bits": None}, ["bits are None"]),
     "other bits": ({"bits": 8}, ["qzeros", "model.layers.0"]),
@@ -464,8 +466,6 @@ def test_files_that_are_refused(gptq, tmp_path, change, words):
 
 
 def test_a_head_that_is_tied_must_be_the_embedding(tmp_path):
-    from dataclasses import replace
-
     shape = replace(MODELS["llama-tiny"], tied_embeddings=True)
     write_checkpoint(tmp_path / "in", *KINDS["gptq"], shape=shape)
     weights = tmp_path / "in" / "model.safetensors"
@@ -478,6 +478,16 @@ def test_a_head_that_is_tied_must_be_the_embedding(tmp_path):
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, weights)
     refused(lambda: imports.import_model(tmp_path / "in", tmp_path / "x"), "lm_head.weight", kind=ModelError)
+
+
+def test_a_packed_head_of_a_tied_model_is_its_own(tmp_path):
+    shape = replace(MODELS["llama-tiny"], tied_embeddings=True)
+    twin = write_checkpoint(tmp_path / "in", *KINDS["gptq"], shape=shape, head=True)
+    imports.import_model(tmp_path / "in", tmp_path / "out")
+    loaded = models.load(str(tmp_path / "out")).model
+    assert torch.equal(loaded.lm_head.dequantize(torch.float16), twin.lm_head.weight)
+    stored = load_file(tmp_path / "in" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(loaded.model.embed_tokens.weight, stored)
 
 
 def test_directories_that_are_none(tmp_path, gptq):

@@ -36,7 +36,7 @@ from trapetum.linear import CodebookLinear
 from trapetum.models import generation_config_of, tokenizer_of
 from trapetum.reading import buildable, dtype_of, finish, skeleton
 from trapetum.stored import Stored, put, read_config
-from trapetum.swap import linears, note_method, replace
+from trapetum.swap import HEAD, linears, note_method, replace
 from trapetum.tensor_files import shown
 
 #: Output of an AWQ word that nibble 0, 1, ... 7 holds.
@@ -239,7 +239,7 @@ class Imported:
 
 def _gptq(config: dict) -> Convert:
     known = {"gptq": 1, "gptq_v2": 2}
-    version = config.get("checkpoint_format") or "gptq"
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
     if version not in known:
         raise ModelError(f"its checkpoint_format is {shown(str(version))}; known are {', '.join(known)}.")
     if config.get("pack_dtype") not in (None, "int32"):
@@ -316,6 +316,8 @@ def _convert(stored: Stored, model: nn.Module, convert: Convert, progress: bool)
         except FormatError as error:
             raise ModelError(f"{stored.where}, {name}: {error}") from error
         replace(model, name, CodebookLinear.from_weight(weight, bias))
+    if any(name == HEAD for name, _ in packed):  # a head of codes has no weight that could be the embedding's
+        model.config.tie_word_embeddings = False
     return {f"{name}.{part}" for name, _ in packed for part in (*_PARTS, "bias")}
 
 
@@ -354,7 +356,7 @@ def _require_known(stored: Stored, model: nn.Module, name: str) -> None:
     """Of a tensor that no module needs: rope tables are computed, and a tied head must be the embedding."""
     if name.endswith("rotary_emb.inv_freq"):
         return
-    if name == "lm_head.weight" and model.config.tie_word_embeddings:
+    if name == f"{HEAD}.weight" and model.config.tie_word_embeddings:
         value, embedding = stored.files[name].read(name), model.get_input_embeddings().weight
         if value.shape == embedding.shape and torch.equal(value.to(embedding.dtype), embedding):
             return
