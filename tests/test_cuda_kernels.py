@@ -26,7 +26,6 @@ OTHERS = {
 }
 ELSEWHERE = {
     "coordinate_descent.cu",
-    "coordinate_descent.cu",
     "kmeans.cu",
     "additive_gemv.cu",
     "decode_attention.cu",
