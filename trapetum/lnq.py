@@ -142,8 +142,9 @@ class _State:
         descend(self.hessian, self.codebook, self.codes, self.gradient, cycles)
 
     def take_better(self, other: "_State") -> None:
-        """The rows of `other`, which has the same codebooks, where it errs less."""
+        """The rows of `other` where it errs less."""
         better = (other.errors() < self.errors()).unsqueeze(1)
+        self.codebook = torch.where(better, other.codebook, self.codebook)
         self.codes = torch.where(better, other.codes, self.codes)
         self.gradient = torch.where(better, other.gradient, self.gradient)
 
@@ -184,7 +185,7 @@ def _fit_group(
     objective: list[float] = []
     _note(objective, state)
     for _ in range(iterations):
-        state = _refitted(state, parts)
+        state.take_better(_refitted(state, parts))
         _note(objective, state)
         _descend(state, back, cycles)
         _note(objective, state)
