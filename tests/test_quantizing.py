@@ -412,10 +412,11 @@ def dense(tmp_path_factory):
     return str(models.save(model, builtin.tokenizer, tmp_path_factory.mktemp("model") / "dense"))
 
 
+TEXT = str(ROOT / "LICENSE")
+
+
 def job(**options):
-    return quantize_job.Job(
-        **{"bits": 3, "method": "lnq-guided", "text": "builtin", "sequences": 3} | options
-    )
+    return quantize_job.Job(**{"bits": 3, "method": "lnq-guided", "text": TEXT, "sequences": 3} | options)
 
 
 def test_a_job_is_taken_up_and_leaves_nothing(dense, tmp_path, monkeypatch):
@@ -438,7 +439,7 @@ def test_a_job_is_taken_up_and_leaves_nothing(dense, tmp_path, monkeypatch):
     report, folder = quantize_job.quantize_to(dense, out, job(), say=said.append, progress=False)
     assert folder == out and len(report.errors) == 14 and not (tmp_path / "out.partial").exists()
     assert said[-1] == f"going on from {tmp_path / 'out.partial'}: 7 results of an interrupted run are there"
-    assert said[0] == "calibration: 3 sequences of 64 tokens of builtin:train, seed 0"
+    assert said[0] == f"calibration: 3 sequences of 64 tokens of {TEXT}, seed 0"
     quantize_job.quantize_to(dense, tmp_path / "once", job(), progress=False)
     assert_same(models.load(str(out)).model, models.load(str(tmp_path / "once")).model)
 
