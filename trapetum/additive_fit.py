@@ -8,7 +8,7 @@ Each iteration has three steps, none of which can raise f:
 
     scales      each row's least-squares factor
     codebooks   least squares over all entries at once, by conjugate gradients on the normal equations
-    codes       group by group, the others fixed: a beam over the codebooks that keeps the best partial choices
+    codes       group by group, the others fixed: sums grow codebook by codebook, the best few of them going on (a beam)
 
 Additive quantization, its beam search and its least squares are from Babenko and Lempitsky, "Additive Quantization for Extreme
 Vector Compression", CVPR 2014; the metric H, the scales and the alternation are those of AQLM (Egiazarian et al.,
@@ -312,37 +312,50 @@ def _least(scores: Tensor, count: int) -> Tensor:
     return at.gather(1, scores.gather(1, at).topk(count, largest=False).indices)
 
 
+def _entries(books: Tensor, codes: Tensor) -> Tensor:
+    return sum(books[c][codes[:, c]] for c in range(len(books)))
+
+
+def _value(pull: Tensor, metric: Tensor, books: Tensor, codes: Tensor) -> Tensor:
+    """v^T M v + 2 v^T t of each row: float32 [n]."""
+    v = _entries(books, codes)
+    return ((v @ metric + 2 * pull) * v).sum(1)
+
+
 def _beam_search(pull: Tensor, metric: Tensor, books: Tensor, codes: Tensor, beam: int) -> Tensor:
     """The codes of one group of many rows: v = sum of entries, least v^T M v + 2 v^T t.
 
-    One codebook after another is chosen anew, the codes of those to come being the old ones until then; the best `beam`
-    choices go on. The old codes are among the choices, so the result is never worse.
+    The sum grows by one codebook after another, and the `beam` best partial sums go on. Where the old codes are better than
+    what comes of it they stay.
 
     Args:
         pull: t, float32 [n, 8].
         metric: M, float32 [8, 8].
         books: float32 [n_codebooks, 256, 8].
         codes: int64 [n, n_codebooks], the old ones.
-        beam: choices kept.
+        beam: partial sums kept.
 
     Returns:
         int64 [n, n_codebooks].
     """
-    n_books = len(books)
+    n_books, n = len(books), len(codes)
     norms = torch.einsum("cki,ij,ckj->ck", books, metric, books)
-    kept = codes.unsqueeze(1)
+    sums, value = (
+        torch.zeros_like(pull).unsqueeze(1),
+        torch.zeros_like(pull[:, :1]),
+    )  # [n, kept, 8], [n, kept]
+    kept = torch.zeros_like(codes).unsqueeze(1)  # [n, kept, n_codebooks]
     for c in range(n_books):
-        others = sum(books[k][kept[..., k]] for k in range(n_books) if k != c)  # [n, kept, 8]
-        turned = others @ metric
-        base = ((turned + 2 * pull.unsqueeze(1)) * others).sum(-1, keepdim=True)
-        linear = 2 * (turned + pull.unsqueeze(1))
-        scores = torch.addmm(norms[c], linear.flatten(0, 1), books[c].T).view(*base.shape[:2], ENTRIES) + base
-        most = beam if c + 1 < n_books else 1
-        best = _least(scores.flatten(1), most)
-        parents = (best // ENTRIES).unsqueeze(-1).expand(-1, -1, n_books)
-        kept = kept.gather(1, parents)
-        kept[..., c] = best % ENTRIES
-    return kept[:, 0]
+        slope = 2 * (sums @ metric + pull.unsqueeze(1))
+        scores = torch.addmm(norms[c], slope.flatten(0, 1), books[c].T).view(n, -1, ENTRIES)
+        scores = (scores + value.unsqueeze(-1)).flatten(1)
+        best = _least(scores, beam if c + 1 < n_books else 1)
+        value, parents, code = scores.gather(1, best), best // ENTRIES, best % ENTRIES
+        kept = kept.gather(1, parents.unsqueeze(-1).expand(-1, -1, n_books))
+        kept[..., c] = code
+        sums = sums.gather(1, parents.unsqueeze(-1).expand(-1, -1, GROUP)) + books[c][code]
+    better = _value(pull, metric, books, kept[:, 0]) < _value(pull, metric, books, codes)
+    return torch.where(better.unsqueeze(1), kept[:, 0], codes)
 
 
 def _searched(pull: Tensor, metric: Tensor, books: Tensor, codes: Tensor, beam: int) -> Tensor:
@@ -350,10 +363,6 @@ def _searched(pull: Tensor, metric: Tensor, books: Tensor, codes: Tensor, beam: 
     step = max(1, _CHUNK_SCORES.get(pull.device.type, 1 << 24) // (beam * ENTRIES))
     parts = zip(pull.split(step), codes.split(step), strict=True)
     return torch.cat([_beam_search(t, metric, books, c, beam) for t, c in parts])
-
-
-def _entries(books: Tensor, codes: Tensor) -> Tensor:
-    return sum(books[c][codes[:, c]] for c in range(len(books)))
 
 
 def _fit_codes_apart(problem: _Problem, part: _Part, beam: int) -> None:
@@ -487,7 +496,7 @@ def fit(
         hessian: [groups, in_features, in_features], symmetric and not negative: the mean of x x^T over tokens, for `groups`
             equal runs of rows (row r belongs to r * groups // out_features). None for I.
         iterations: rounds of scales, codebooks and codes; 0 leaves the start and one choice of codes.
-        beam: partial choices of a group that the search of codes keeps.
+        beam: partial sums of a group that the search of codes keeps.
         seed: of the sample and the start.
         name: what to call the tensor in an error.
 
