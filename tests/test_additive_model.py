@@ -156,6 +156,18 @@ def test_every_cpu_stage_decodes_the_tokens_of_the_dense_twin(stage, n_codebooks
     assert len(set(expected)) > 4  # a model that says one thing would prove nothing
 
 
+def test_a_head_of_additive_codes(tmp_path):
+    model, generator = coded(), torch.Generator().manual_seed(7)
+    head = AdditiveLinear.from_weight(additive.random(256, 64, 2, generator))
+    swap.replace(model, "lm_head", head)
+    models.save(model, None, tmp_path / "out")
+    loaded = models.load(str(tmp_path / "out")).model
+    assert len(swap.additive_layers(loaded)) == 15
+    expected = Engine(models.dequantize_model(model), "lean").generate(PROMPT, 8).tokens
+    for stage in ("naive", "cast_free", "lean"):
+        assert Engine(loaded, stage).generate(PROMPT, 8).tokens == expected
+
+
 def test_16_bit_models_work_in_float32_on_the_cpu():
     twin = models.dequantize_model(coded(dtype=torch.bfloat16), torch.float32).float()
     made = Engine(coded(dtype=torch.bfloat16), "lean").generate(PROMPT, 8).tokens
@@ -214,8 +226,11 @@ def test_what_additive_codebooks_cannot_have():
     with pytest.raises(ValueError, match="not beside additive"):
         quantize_calibrated(dense(), 2, "additive", made_of([torch.arange(9)]), outliers=0.01, progress=False)
     odd = models.random_model(SHAPE, "cpu", torch.float32, intermediate_size=36)
-    with pytest.raises(ValueError, match=r"mlp.down_proj.weight has 36 inputs.*groups of 8"):
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has 36 inputs.*groups of 8"):
         models.quantize_model(odd, 2, "additive", progress=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has 36 inputs.*groups of 8"):
+        quantize_calibrated(odd, 2, "additive", made_of([torch.arange(9)]), progress=False)
+    assert not models.is_quantized(odd)
 
 
 # --- directories ---------------------------------------------------------------------------------------------------

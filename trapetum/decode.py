@@ -7,7 +7,8 @@
     pdl        CUDA: the same, each kernel overlapping the one before it, several tokens a graph
     lean       CPU: the step of `llama_step`, run eagerly
 
-Dense and codebook weights go through the same stages, so both get every improvement.
+Dense and codebook weights go through the same stages, so both get every improvement; additive codebooks have no fused
+kernels and go as far as graph.
 """
 
 import gc

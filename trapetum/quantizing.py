@@ -29,7 +29,15 @@ from trapetum.memory import calibration_bytes
 from trapetum.partial import Done, Partial, fingerprint
 from trapetum.quadratic import full_precision
 from trapetum.quantizers import METHODS, require_scheme
-from trapetum.swap import Report, linears, note_method, quantized_layer, replace, require_outliers
+from trapetum.swap import (
+    Report,
+    linears,
+    note_method,
+    quantized_layer,
+    replace,
+    require_groups,
+    require_outliers,
+)
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -504,6 +512,7 @@ def quantize_calibrated(
     scheme = _scheme(bits, method, n_codes, lm_head, outliers, groups, calibration)
     _require_tokens(model, calibration, scheme)
     _stages(model, blocks, lm_head)
+    require_groups(method, linears(model, lm_head))
     if calibration:
         _require_memory(blocks, calibration, scheme)
     partial = Partial(

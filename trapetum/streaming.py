@@ -18,7 +18,16 @@ from trapetum.checkpoint import ModelError
 from trapetum.linear import CodebookLinear
 from trapetum.quantizers import METHODS, require_scheme
 from trapetum.shards import Shards
-from trapetum.swap import HEAD, Report, linears, note_method, quantized_layer, replace, require_outliers
+from trapetum.swap import (
+    HEAD,
+    Report,
+    linears,
+    note_method,
+    quantized_layer,
+    replace,
+    require_groups,
+    require_outliers,
+)
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD_WEIGHT = f"{HEAD}.weight"
@@ -137,6 +146,8 @@ def fill(
     Raises:
         ValueError: a weight that cannot be quantized (by name).
     """
+    if spec:
+        require_groups(spec.method, linears(model, spec.lm_head))
     start = time.perf_counter()
     total = sum(p.nbytes for p in model.parameters() if p.is_meta)
     what = f"read and quantize to {spec.bits} bits" if spec else "read"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from trapetum import sparse
+from trapetum.additive import GROUP
 from trapetum.additive_linear import AdditiveLinear, additive_layer
 from trapetum.calibration import Statistics, made_of
 from trapetum.formats import CodebookWeight, pack
@@ -116,6 +117,20 @@ def require_outliers(method: str, outliers: float) -> None:
         )
 
 
+def require_groups(method: str, layers: Sequence[tuple[str, nn.Linear]]) -> None:
+    """Refuse, before any layer is quantized, a method that cannot hold all of them.
+
+    Raises:
+        ValueError: additive codebooks, and a layer whose inputs are no multiple of 8.
+    """
+    odd = [(name, layer.in_features) for name, layer in layers if layer.in_features % GROUP]
+    if method == ADDITIVE and odd:
+        name, inputs = odd[0]
+        raise ValueError(
+            f"{name} has {inputs} inputs, and additive codebooks store groups of {GROUP}; take another method."
+        )
+
+
 def quantized_layer(
     weight: Tensor,
     bias: Tensor | None,
@@ -191,6 +206,7 @@ def quantize_model(
     start, layers, errors = time.perf_counter(), linears(model, lm_head), {}
     if not layers:
         raise ValueError("the model has no dense linear layers left to quantize; load the dense checkpoint.")
+    require_groups(method, layers)
     for name, layer in tqdm(layers, desc=f"quantize to {bits} bits", unit="layer", disable=not progress):
         made, errors[name] = quantized_layer(
             layer.weight.detach(), _bias(layer), bits, method, n_codes, name=name, outliers=outliers
