@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from trapetum import readme_decode, readme_decode_targets, readme_targets, waterfall
 from trapetum import records as rec
 from trapetum.build import write_atomically
+from trapetum.figures.accuracy_ladder import LADDER_ORDER, newest_ladders
 from trapetum.paths import DATA, PUBLISHED, RECORDS, ROOT
 from trapetum.readme_cells import (
     OWN_DENSE,
@@ -85,15 +86,21 @@ def gemv_cpu(records: Sequence[Record]) -> str:
 
 
 def accuracy(records: Sequence[Record]) -> str:
-    """Perplexity of the built-in model by bits and method."""
-    found = [r for r in records if r.quantity == "perplexity" and r.config.get("model") == "builtin"]
-    found = [r for r in found if r.config.get("text") == "builtin"]
-    methods = [m for m in dict.fromkeys(r.method for r in found) if m != "fp"]
+    """Perplexity of the built-in model by bits and method, as it is and with outlier channels folded in; a protocol each."""
+    found = [r for r in records if r.quantity == "perplexity" and r.config.get("text") == "builtin"]
+    ladders = {name: rows for name, rows in newest_ladders(found).items() if name.startswith("builtin")}
+    return "\n".join(_ladder(name, rows) for name, rows in sorted(ladders.items()))
+
+
+def _ladder(name: str, found: Sequence[Record]) -> str:
     dense = one(found, "perplexity", "fp")
-    rows = [["as it is (bf16)", cited(dense, 4), *[""] * (len(methods) - 1)]] if dense else []
-    for bits in sorted({r.config["bits"] for r in found if r.method != "fp"}, reverse=True):
-        rows.append([f"{bits} bits", *(cited(one(found, "perplexity", m, bits=bits), 4) for m in methods)])
-    return markdown(["", *methods], rows)
+    methods = [m for m in LADDER_ORDER if any(r.method == m for r in found)]
+    bits = sorted({r.config["bits"] for r in found if r.method != "fp"}, reverse=True)
+    config = dense.config
+    sizes = ", ".join(f"{key} {config[key]}" for key in ("window", "stride", "tokens"))
+    rows = [["as it is", cited(dense, 4), *[""] * (len(bits) - 1)]]
+    rows += [[m, *(cited(one(found, "perplexity", m, bits=b), 4) for b in bits)] for m in methods]
+    return f"{name}, {sizes}:\n\n{markdown(['', *(f'{b} bits' for b in bits)], rows)}"
 
 
 Table = Callable[[Sequence[Record]], str]

@@ -143,7 +143,9 @@ def _by_protocol(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def newest_ladders(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Of each model the ladder with the most rungs, of equal ones the newest; repeated rungs count once, as they were last.
+    """Of each model the ladder with the most methods, then the most rungs, then the newest.
+
+    A rung that was repeated counts once, as it was last.
 
     Args:
         records: `perplexity` records, of any models, protocols and devices.
@@ -160,8 +162,9 @@ def newest_ladders(records: Sequence[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def _worth(group: Sequence[Record]) -> tuple[int, str]:
-    return len(group), max((r.utc or "" for r in group), default="")
+def _worth(group: Sequence[Record]) -> tuple[int, int, str]:
+    """More methods, then more rungs, then newer."""
+    return len({r.method for r in group}), len(group), max((r.utc or "" for r in group), default="")
 
 
 def of_ladder(ladder: Sequence[Record], records: Sequence[Record], quantity: str) -> list[Record]:
