@@ -241,6 +241,16 @@ def test_the_same_twice_and_in_chunks(monkeypatch):
     check_fitted(weight, 16, hessian, chunked)
 
 
+def test_threads_change_nothing_and_are_given_back():
+    weight, hessian, before, found = heavy_tailed(40, 200), correlated(200), torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(lnq(weight, 8, hessian))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(found[0].codes, found[1].codes) and found[0].objective == found[1].objective
+
+
 def test_torch_alone_gives_the_same_quality(monkeypatch):
     weight, hessian = heavy_tailed(6, 150), correlated(150)
     with_c = lnq(weight, 8, hessian)

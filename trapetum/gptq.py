@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trapetum.descent import BLOCK, sweep
 from trapetum.kmeans import kmeans_1d
-from trapetum.quadratic import RIDGE, form, full_precision, require_hessian, row_groups
+from trapetum.quadratic import RIDGE, fitting_threads, form, full_precision, require_hessian, row_groups
 
 
 class Feedback(NamedTuple):
@@ -103,7 +103,7 @@ def gptq(weight: Tensor, n_codes: int, hessian: Tensor, ridge: float = RIDGE) ->
     weight = weight.detach().float()
     require_hessian(hessian, weight.shape[1])
     books, codes = [], []
-    with full_precision():
+    with full_precision(), fitting_threads(weight):
         for g, rows in row_groups(len(weight), len(hessian)):
             of = form(hessian[g].to(weight.device), ridge).hessian
             books.append(weighted_codebook(weight[rows], n_codes, of))

@@ -20,7 +20,7 @@ from torch import Tensor
 from trapetum.descent import descend
 from trapetum.gptq import Feedback, feed_back, feedback, weighted_codebook
 from trapetum.kmeans import nearest
-from trapetum.quadratic import RIDGE, Form, form, full_precision, require_hessian, row_groups
+from trapetum.quadratic import RIDGE, Form, fitting_threads, form, full_precision, require_hessian, row_groups
 
 ITERATIONS, CYCLES = 3, 4
 _LARGEST = torch.finfo(torch.float16).max
@@ -204,7 +204,7 @@ def lnq(
 ) -> Fitted:
     """Codebooks and codes of least output error, by alternating least squares and coordinate descent.
 
-    The same input gives the same result on the same device with the same number of threads.
+    The same input gives the same result on the same device (of over a million weights: with the same number of threads).
 
     Args:
         weight: floating [rows, in], finite, on CPU or CUDA; computed in float32.
@@ -222,7 +222,7 @@ def lnq(
     """
     weight = weight.detach().float()
     require_hessian(hessian, weight.shape[1])
-    with full_precision():
+    with full_precision(), fitting_threads(weight):
         parts = [
             _fit_group(
                 weight[rows], n_codes, form(hessian[g].to(weight.device), ridge), iterations, cycles, restart

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.01
+#: Up to so many weights one thread is faster: thousands of short parallel regions wait, above all beside other programs.
+_ONE_THREAD = 1 << 20
 
 
 class Form(NamedTuple):
@@ -87,3 +89,15 @@ def full_precision() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         matmul.allow_bf16_reduced_precision_reduction = before[1]
+
+
+@contextmanager
+def fitting_threads(weight: Tensor) -> Iterator[None]:
+    """Within this context a small weight on the CPU is worked on by one thread, whose result depends on no thread count."""
+    before = torch.get_num_threads()
+    if weight.device.type == "cpu" and weight.numel() <= _ONE_THREAD:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
