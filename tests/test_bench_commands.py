@@ -18,7 +18,7 @@ def run(*arguments, code=0):
     return result
 
 
-@pytest.mark.parametrize("command", ["accuracy", "context", "agreement", "breakdown", "energy"])
+@pytest.mark.parametrize("command", ["accuracy", "context", "agreement", "breakdown", "energy", "quantize"])
 def test_help_has_an_example(command):
     assert f"Example: trapetum bench {command}" in run(command, "--help").stdout
 
@@ -34,6 +34,18 @@ def test_decode_takes_the_cache_and_the_head():
 def test_a_cache_that_the_stage_does_not_know_is_a_row():
     table = run("decode", *TINY, "--stage", "lean", "--method", "codebook", "--kv", "int8").stdout
     assert "call_accepted" in table and "decode_speed" not in table and "int8" in table
+
+
+def test_quantizing_is_timed_by_phase():
+    found = json.loads(run("quantize", *TINY, "--method", "rtn", "--method", "lnq-guided", "--json").stdout)
+    assert [(r["quantity"], r["method"]) for r in found] == [
+        ("quantize_time", m) for m in ("rtn", "lnq-guided")
+    ]
+    quick, guided = (r["config"] for r in found)
+    assert quick["calibration_tokens"] == 0 and guided["calibration_tokens"] == 128
+    assert {"gradients", "statistics", "quantize"} <= set(guided["phases"])
+    for r in found:
+        assert 0 < sum(r["config"]["phases"].values()) <= r["value"]
 
 
 def test_context_and_breakdown_print_tables():

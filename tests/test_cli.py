@@ -22,6 +22,7 @@ COMMANDS = [
     ["bench", "ladder"],
     ["bench", "crosscheck"],
     ["bench", "profile"],
+    ["bench", "quantize"],
     ["bench", "context"],
     ["bench", "accuracy"],
     ["bench", "agreement"],

@@ -618,6 +618,26 @@ def accuracy(
     _print_records(found, json_output, None)
 
 
+@_command(bench_app, "trapetum bench quantize --method lnq-guided --profile full", name="quantize")
+def quantizing(
+    model: Annotated[str, typer.Option(help="As for generate.")] = "random:llama-2-7b",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="May be repeated. Default: kmeans and lnq-guided.")
+    ] = None,
+    bits: Bits = None,
+    profile: Profile = "quick",
+    device: Device = "auto",
+    json_output: Json = False,
+    save: Save = None,
+) -> None:
+    """Time how long it takes to quantize a whole model, by phase; methods that need data are shown random tokens."""
+    from trapetum import bench
+
+    chosen = method or ("kmeans", "lnq-guided")
+    found = bench.quantizing_time(model, device, chosen, bits or (4,), profile)
+    _print_records(found, json_output, save)
+
+
 @_command(bench_app, "trapetum bench breakdown --model random:llama-2-7b --stage graph")
 def breakdown(
     model: DecodeModel = None,

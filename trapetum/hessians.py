@@ -25,8 +25,9 @@ from trapetum.blocks import Blocks
 from trapetum.calibration import CalibrationError, Statistics
 from trapetum.memory import AT_ONCE
 
-#: Gradients are kept near 2**3, by powers of two, so that the smallest of a float16 model do not underflow.
-_PEAK = 3
+#: Gradients are kept near 2**9, by powers of two, so that the smallest of a float16 model do not underflow: those of q and
+#: k are smaller by the output projection and the softmax, and float16 ends at 2**16.
+_PEAK = 9
 #: Powers of two to go down by where a gradient inside a layer overflows float16 all the same.
 _RETREATS = (0, 6, 12)
 #: A product's upper half is taken in so many strips, each of at least so many rows.

@@ -16,7 +16,7 @@ decode_interleaved   in turns with transformers, on a CPU
 contexts     speed and memory against the context      agreement   tokens and logits beside transformers'
 breakdown    a token's time, part by part              launches    what a launch costs, and how many there are
 standalone   the C++ program beside the Python engine  accuracy    the ladder of methods
-accuracy_rungs   what each of them does to a model
+accuracy_rungs   what each of them does to a model       quantizing_time   how long that takes
 """
 
 from trapetum.bench.accuracy import accuracy, accuracy_by_rung, weight_error
@@ -33,6 +33,7 @@ from trapetum.bench.model_shapes import shapes_of
 from trapetum.bench.multiply import gemv, methods_on
 from trapetum.bench.profiled import profile_kernel
 from trapetum.bench.profiles import PROFILES, Sizes, sizes
+from trapetum.bench.quantizing_time import quantizing_time
 from trapetum.bench.reading import bandwidth
 from trapetum.bench.standalone import compare_runtimes
 from trapetum.bench.unpacking import dequant, gemv_chain
@@ -60,6 +61,7 @@ __all__ = [
     "ladder_instructions",
     "methods_on",
     "profile_kernel",
+    "quantizing_time",
     "shapes_of",
     "sizes",
     "small_batches",
