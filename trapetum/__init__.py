@@ -26,8 +26,8 @@ The modules from the bottom up; a line imports only from itself and the lines ab
     timing, tuning, energy, bench, waterfall                  measurements, and records made of them
     figures, widgets, workbook, walk, claims                  what a notebook shows
     html, report, readme_cells, readme_targets,               the report, the README and its tables,
-      readme_decode, readme_decode_targets, readme,           the check of its numbers,
-      verify, generation, cli                                 the command
+      readme_decode, readme_decode_targets, readme_accuracy,  the check of its numbers,
+      readme, verify, generation, cli                         the command
 """
 
 from trapetum.register import register_with_transformers

@@ -50,6 +50,13 @@ def source_sha256(*names: str) -> str:
     return hashlib.sha256("".join(source_text(name) for name in names).encode()).hexdigest()
 
 
+def current_sha256s() -> set[str]:
+    """What a record may carry today: the hash of each source, and of every two that a product may be made of, in order."""
+    names = source_names()
+    pairs = ((a, b) for a in names for b in names if a != b and Path(a).suffix == Path(b).suffix)
+    return {source_sha256(name) for name in names} | {source_sha256(*pair) for pair in pairs}
+
+
 def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join((_CACHE_LAYOUT, *parts)).encode()).hexdigest()[:20]
 

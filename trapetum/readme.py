@@ -7,10 +7,9 @@ from, so that `trapetum verify` can check it. Pictures go to `data/pictures/`.
 import re
 from collections.abc import Callable, Sequence
 
-from trapetum import readme_decode, readme_decode_targets, readme_targets, waterfall
+from trapetum import readme_accuracy, readme_decode, readme_decode_targets, readme_targets, waterfall
 from trapetum import records as rec
 from trapetum.build import write_atomically
-from trapetum.figures.accuracy_ladder import LADDER_ORDER, newest_ladders
 from trapetum.paths import DATA, PUBLISHED, RECORDS, ROOT
 from trapetum.readme_cells import (
     OWN_DENSE,
@@ -85,24 +84,6 @@ def gemv_cpu(records: Sequence[Record]) -> str:
     return markdown([*header, "against fp32", "against the better 16-bit"], rows)
 
 
-def accuracy(records: Sequence[Record]) -> str:
-    """Perplexity of the built-in model by bits and method, as it is and with outlier channels folded in; a protocol each."""
-    found = [r for r in records if r.quantity == "perplexity" and r.config.get("text") == "builtin"]
-    ladders = {name: rows for name, rows in newest_ladders(found).items() if name.startswith("builtin")}
-    return "\n".join(_ladder(name, rows) for name, rows in sorted(ladders.items()))
-
-
-def _ladder(name: str, found: Sequence[Record]) -> str:
-    dense = one(found, "perplexity", "fp")
-    methods = [m for m in LADDER_ORDER if any(r.method == m for r in found)]
-    bits = sorted({r.config["bits"] for r in found if r.method != "fp"}, reverse=True)
-    config = dense.config
-    sizes = ", ".join(f"{key} {config[key]}" for key in ("window", "stride", "tokens"))
-    rows = [["as it is", cited(dense, 4), *[""] * (len(bits) - 1)]]
-    rows += [[m, *(cited(one(found, "perplexity", m, bits=b), 4) for b in bits)] for m in methods]
-    return f"{name}, {sizes}:\n\n{markdown(['', *(f'{b} bits' for b in bits)], rows)}"
-
-
 Table = Callable[[Sequence[Record]], str]
 
 
@@ -134,6 +115,7 @@ def targets(records: Sequence[Record]) -> str:
             asked = [*readme_targets.h100(group), *readme_decode_targets.h100(group, published)]
         elif "H200" in name:
             asked = readme_targets.h200(group)
+        asked = [*asked, *readme_accuracy.targets(group)]
         if asked:
             tables.append(f"{name}:\n\n{readme_targets.table(asked, cited, ratio)}")
     return "\n\n".join(tables) + "\n"
@@ -213,7 +195,8 @@ TABLES: dict[str, Table] = {
     "one-kernel": _on(True, readme_decode.one_kernel, _ONE_KERNEL),
     "agreement": _on(None, readme_decode.agreement, _AGREEMENT),
     "waterfall": waterfall_pictures,
-    "accuracy": _on(False, accuracy),
+    "accuracy": _on(None, readme_accuracy.accuracy),
+    "quantizing": _on(None, readme_accuracy.quantizing),
     "energy": _on(True, readme_decode.energy),
     "targets": targets,
 }

@@ -254,7 +254,8 @@ def _line(t: Target, cited, ratio) -> str:
 
 def _figure(case: Case, cited, ratio) -> str:
     if case.share is not None:
-        return f"{cited(case.top)} tok/s, {case.share:.2f}"
+        unit = {"decode_speed": " tok/s", "perplexity": " perplexity"}[case.top.quantity]
+        return f"{cited(case.top, 4 if unit == ' perplexity' else 3)}{unit}, {case.share:.2g}"
     if case.bottom:
         return ratio(case.top, case.bottom)
     return cited(case.top, 3, "x" if case.top.quantity == "speedup" else "")

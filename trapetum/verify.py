@@ -85,10 +85,10 @@ def _problem(
 
 
 def kernel_hashes() -> set[str]:
-    """SHA-256 of every kernel source as it is now; a record that carries another is stale."""
-    from trapetum.build import source_names, source_sha256
+    """What a record of a kernel as it is now carries; one that carries another hash is stale."""
+    from trapetum.build import current_sha256s
 
-    return {source_sha256(name) for name in source_names()}
+    return current_sha256s()
 
 
 def check(citations: list[Citation], known: Mapping[str, records.Record], hashes: set[str]) -> list[str]:

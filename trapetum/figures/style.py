@@ -9,7 +9,7 @@ from functools import lru_cache
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from trapetum.build import source_names, source_sha256
+from trapetum.build import current_sha256s
 from trapetum.paths import KERNELS
 from trapetum.record_gate import is_stale
 from trapetum.records import Record
@@ -183,7 +183,7 @@ def _current(_method: str) -> set[str]:
 
 @lru_cache(maxsize=4)
 def _hashes(_edited: tuple[int, ...]) -> set[str]:
-    return {source_sha256(name) for name in source_names()}
+    return current_sha256s()
 
 
 def symbol(record: Record) -> str:
