@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from trapetum import bench, figures, hardware, law, law_cards, records, waterfall
+from trapetum import bench, build, figures, hardware, law, law_cards, records, waterfall
 from trapetum.figures import pareto_state, style
 from trapetum.paths import PUBLISHED
 from trapetum.shapes import MODELS
@@ -121,8 +121,8 @@ def test_marker_says_kind_suspect_and_stale():
     assert style.symbol(good) == "circle"
     assert style.symbol(records.gate(good, 1000.0)) == "circle-open"
     assert style.symbol(good.replace(kernel_sha256="0" * 64)) == "circle-dot"
-    current = style.source_sha256("codebook_gemv.cu")
-    assert style.symbol(good.replace(kernel_sha256=current)) == "circle"
+    for sources in (["codebook_gemv.cu"], ["codebook_gemv.cu", "sparse_gemv.cu"]):
+        assert style.symbol(good.replace(kernel_sha256=build.source_sha256(*sources))) == "circle"
     paper = records.published("perplexity", 5.5, "gptq", {}, {}, "a paper, table 1")
     assert style.symbol(paper) == "diamond"
 

@@ -252,6 +252,20 @@ def _ready(model, folder: Path, name: str, kind: str) -> Loaded:
         return Loaded(model, tokenizer_of(str(folder)), name, shape_of(model.config, name), kind)
 
 
+def _is_ours(folder: Path, fields: dict, name: str) -> bool:
+    """`is_ours`; of a file that cannot be read, what the config alone rules out is said first."""
+    try:
+        return is_ours(folder, fields)
+    except ModelError as damage:
+        try:
+            _config(str(folder), name)
+        except ModelError:
+            raise
+        except Exception:  # transformers makes no config of it either, in whatever way: the damage is what counts
+            pass
+        raise damage
+
+
 def _directory(folder: Path, name: str, kind: str, device, dtype, spec, progress) -> Loaded:
     _require_checkpoint(folder)
     fields = read_config(folder)
@@ -259,7 +273,7 @@ def _directory(folder: Path, name: str, kind: str, device, dtype, spec, progress
         return _ready(read_aqlm(folder, fields, device, dtype), folder, name, kind)
     require_own(fields, name)
     require_architecture(fields.get("model_type"), name)
-    if spec is None and is_ours(folder, fields):
+    if spec is None and _is_ours(folder, fields, name):
         return _stored(folder, fields, name, kind, device, dtype)
     with _one_sentence(folder):
         if spec is None:

@@ -254,8 +254,9 @@ def _line(t: Target, cited, ratio) -> str:
 
 def _figure(case: Case, cited, ratio) -> str:
     if case.share is not None:
-        unit = {"decode_speed": " tok/s", "perplexity": " perplexity"}[case.top.quantity]
-        return f"{cited(case.top, 4 if unit == ' perplexity' else 3)}{unit}, {case.share:.2g}"
+        if case.top.quantity == "perplexity":
+            return f"{cited(case.top, 4)} perplexity, {case.share:.2g}"
+        return f"{cited(case.top)} tok/s, {case.share:.2f}"
     if case.bottom:
         return ratio(case.top, case.bottom)
     return cited(case.top, 3, "x" if case.top.quantity == "speedup" else "")
