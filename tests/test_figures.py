@@ -161,6 +161,11 @@ def test_card_compares_this_machine_with_recorded_ones():
     ]
     text = words(figures.your_machine(here, decode_records(), "some CPU"))
     assert "12.0 tok/s" in text and "310 tok/s" in text and "H100 80GB" in text
+    small = make(
+        "decode_speed", 1790, "codebook", {"bits": 4, "model": "random:tinyllama-1.1b", "stage": "pdl"}
+    )
+    assert "1,790" not in words(figures.your_machine(here, [*decode_records(), small], "some CPU"))
+    assert "1,790" in words(figures.your_machine(here, [small], "some CPU"))
     assert "Nothing" in words(figures.your_machine([], []))
 
 

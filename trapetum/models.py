@@ -261,7 +261,9 @@ def _is_ours(folder: Path, fields: dict, name: str) -> bool:
             _config(str(folder), name)
         except ModelError:
             raise
-        except Exception:  # transformers makes no config of it either, in whatever way: the damage is what counts
+        except (
+            Exception
+        ):  # transformers makes no config of it either, in whatever way: the damage is what counts
             pass
         raise damage
 

@@ -178,6 +178,7 @@ def _note(figure: go.Figure, x: float, y: float, text: str, up: int) -> None:
 # Rows of the card: heading, unit, quantity, filters, whether more is better.
 _SQUARE = {"in_features": 4096, "out_features": 4096}
 _GROSS = {"accounting": "gross"}
+_DENSE = ("fp32", "fp16", "bf16")
 _NO_CONTEST = ("read", "no-linears", "dequantize-linear")
 # what a row says, its quantity, config it must have, and whether it is of our codes (True), dense (False) or either
 _CARD = (
@@ -202,7 +203,9 @@ def your_machine(here: Sequence[Record], recorded: Sequence[Record], name: str =
     groups = {f"<b>{name}</b><br>this run": list(here)}
     for record in recorded:
         groups.setdefault(f"{device_name(record)}<br>recorded", []).append(record)
-    columns = {heading: [_best(group, *row[1:]) for row in _CARD] for heading, group in groups.items()}
+    columns = {
+        heading: [_best(_alike(group), *row[1:]) for row in _CARD] for heading, group in groups.items()
+    }
     columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
     if not columns:
         return nothing("Your machine beside recorded ones", "Nothing has been measured or recorded yet.")
@@ -224,6 +227,17 @@ def your_machine(here: Sequence[Record], recorded: Sequence[Record], name: str =
     )
     figure.update_layout(height=150 + 46 * len(kept), margin={"l": 10, "r": 10, "t": 70, "b": 10})
     return figure
+
+
+def _alike(records: Sequence[Record]) -> list[Record]:
+    """Without the decodes of other models than one that was decoded dense and in codes, the slowest such: like beside like."""
+    decodes = [r for r in records if r.quantity == "decode_speed" and r.kind == "measured" and not r.suspect]
+    coded = {r.config.get("model") for r in decodes if r.method == "codebook"}
+    both = [r for r in decodes if r.method in _DENSE and r.config.get("model") in coded]
+    if not both:
+        return list(records)
+    model = min(both, key=lambda r: r.value).config.get("model")
+    return [r for r in records if r.quantity != "decode_speed" or r.config.get("model") == model]
 
 
 def _best(records: Sequence[Record], quantity: str, config: Mapping, ours: bool | None) -> str:
