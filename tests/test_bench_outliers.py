@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from trapetum import bench, sparse, timing
 from trapetum.bench import products, reading, with_outliers
 from trapetum.cli import app
+from trapetum.memory import outlier_bytes
 from trapetum.records import latest
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -41,7 +42,7 @@ def test_the_product_is_right_and_its_bytes_are_both_parts(device, bits):
     plain = products.build("codebook", 300, 260, bits, device)
     made = products.build("codebook+sparse@0.02", 300, 260, bits, device)
     assert made.checked_error() < 5e-3 and made.method == "codebook+sparse"
-    assert made.weight_bytes == plain.weight_bytes + sparse.sparse_bytes(0.02, 260, 300)
+    assert made.weight_bytes == plain.weight_bytes + outlier_bytes(300, 260, 0.02)
     assert made.config["outliers"] == 0.02 and made.kernel_sha256 != plain.kernel_sha256
     first = made.bind(*made.tensors)()
     assert torch.equal(first, made.bind(*made.tensors)())

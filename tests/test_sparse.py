@@ -7,6 +7,7 @@ import torch
 
 from trapetum import build, cpu, quantizers, sparse, sparse_product
 from trapetum.formats import FormatError
+from trapetum.memory import outlier_bytes
 from trapetum.sparse import Outliers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -150,11 +151,11 @@ def test_apart_the_tails_cost_the_rest_less():
 def test_bytes_are_counted():
     weight, quantized, apart = pair(64, 512, share=0.0045)
     entries = round(0.0045 * 64 * 512)
-    assert apart.nbytes == 4 * entries + 4 * 65 == sparse.sparse_bytes(0.0045, 64, 512)
+    assert apart.nbytes == 4 * entries + 4 * 65 == outlier_bytes(512, 64, 0.0045)
     expected = 4 + 16 * 16 / 512 + 8 * apart.nbytes / weight.numel()
     assert sparse.bits_per_weight(quantized, apart) == pytest.approx(expected)
     assert sparse.bits_per_weight(quantized) == pytest.approx(quantized.bits_per_weight)
-    assert sparse.sparse_bytes(0.01, 8, 70000) == 6 * 5600 + 4 * 9  # int32 columns
+    assert outlier_bytes(70000, 8, 0.01) == 6 * 5600 + 4 * 9  # int32 columns
 
 
 def test_matrices_of_two_shapes_do_not_settle():

@@ -14,7 +14,7 @@ from trapetum import models, sparse, swap
 from trapetum.bench.variants import codebook_variant
 from trapetum.checkpoint import ModelError
 from trapetum.cli import app
-from trapetum.memory import memory_estimate
+from trapetum.memory import memory_estimate, outlier_bytes
 from trapetum.perplexity import perplexity
 
 SHARE = 0.01
@@ -242,7 +242,7 @@ def test_the_memory_estimate_counts_them():
         memory_estimate(shape, 4, 64, outliers=SHARE)[part] - memory_estimate(shape, 4, 64)[part]
         for part in ("weights", "output head")
     )
-    counted = sum(sparse.sparse_bytes(SHARE, out, inputs) for _, inputs, out in shape.linears())
+    counted = sum(outlier_bytes(inputs, out, SHARE) for _, inputs, out in shape.linears())
     assert extra == shape.layers * counted
 
 

@@ -32,8 +32,8 @@ def cache_bytes(shape: ModelShape, context: int, kv: str = "fp16") -> int:
     return shape.layers * blocks * shape.kv_block_bytes(kv) + shape.kv_bytes(_RING)
 
 
-def _outlier_bytes(inputs: int, outputs: int, share: float) -> int:
-    """Values, columns and row starts of what a matrix keeps apart, as `trapetum.sparse` stores them."""
+def outlier_bytes(inputs: int, outputs: int, share: float) -> int:
+    """Bytes of values, columns and row starts of the share that a matrix keeps apart, as `trapetum.sparse` stores them."""
     if not share:
         return 0
     entry = _HALF + (_HALF if inputs <= _NARROW else _FLOAT)
@@ -41,7 +41,7 @@ def _outlier_bytes(inputs: int, outputs: int, share: float) -> int:
 
 
 def _matrix(inputs: int, outputs: int, fmt: str, outliers: float) -> int:
-    return matrix_bytes(inputs, outputs, fmt) + _outlier_bytes(inputs, outputs, outliers)
+    return matrix_bytes(inputs, outputs, fmt) + outlier_bytes(inputs, outputs, outliers)
 
 
 def _linear_bytes(shape: ModelShape, fmt: str, outliers: float) -> int:

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from trapetum import records as rec
-from trapetum.figures.style import by_itself, decode_label, unusual
+from trapetum.figures.style import OWN_DENSE, by_itself, decode_label, unusual
 from trapetum.records import Record
 
-OWN_DENSE = ("fp32", "bf16", "fp16")  # the own engine's, as `trapetum.bench.variants` names them
 _WEIGHTS = "model stage bits linears dtype lm_head kv rows world_size".split()
 _SAME_RUN = [*_WEIGHTS, "new_tokens", "prompt_tokens", "interleaved", "beside"]
 

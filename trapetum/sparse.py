@@ -55,12 +55,6 @@ def column_dtype(in_features: int) -> torch.dtype:
     return torch.uint16 if in_features <= _NARROW else torch.int32
 
 
-def sparse_bytes(share: float, out_features: int, in_features: int) -> int:
-    """Bytes of the part kept apart: values, columns and row starts."""
-    entry = 2 + column_dtype(in_features).itemsize
-    return entry * count(share, out_features, in_features) + 4 * (out_features + 1)
-
-
 @dataclass(frozen=True, eq=False)
 class Outliers:
     """A sparse matrix [out_features, in_features] of a fixed share of entries, row by row.

@@ -10,10 +10,10 @@ from torch import nn
 from trapetum import quantizing, swap
 from trapetum.calibration import Calibration
 from trapetum.quantizers import ADDITIVE, METHODS, group_rtn
+from trapetum.sparse import SHARE
 from trapetum.swap import Report
 
 SPARSE = "+sparse"
-OUTLIERS = 0.0045  # share of weights that dense-and-sparse keeps apart, as published for SqueezeLLM
 GROUP = 128
 GROUPED = "rtn-128"
 
@@ -79,7 +79,7 @@ def rung(method: str, bits: int) -> Rung | None:
             f"no method {method!r} on the ladder; choose one of {', '.join(names())}, or of the codebook methods with {SPARSE}."
         )
     able = METHODS[base].bits if base in METHODS else range(1, 9)
-    return Rung(method, base, bits, OUTLIERS if method != base else 0.0) if bits in able else None
+    return Rung(method, base, bits, SHARE if method != base else 0.0) if bits in able else None
 
 
 def rungs(methods: Sequence[str], bits: Sequence[int]) -> Iterator[Rung]:

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from trapetum.figures.style import (
     FAINT,
     INK,
+    OWN_DENSE,
     PALETTE,
     ROOF_COLOUR,
     add_key,
@@ -178,7 +179,6 @@ def _note(figure: go.Figure, x: float, y: float, text: str, up: int) -> None:
 # Rows of the card: heading, unit, quantity, filters, whether more is better.
 _SQUARE = {"in_features": 4096, "out_features": 4096}
 _GROSS = {"accounting": "gross"}
-_DENSE = ("fp32", "fp16", "bf16")
 _NO_CONTEST = ("read", "no-linears", "dequantize-linear")
 # what a row says, its quantity, config it must have, and whether it is of our codes (True), dense (False) or either
 _CARD = (
@@ -233,7 +233,7 @@ def _alike(records: Sequence[Record]) -> list[Record]:
     """Without the decodes of other models than one that was decoded dense and in codes, the slowest such: like beside like."""
     decodes = [r for r in records if r.quantity == "decode_speed" and r.kind == "measured" and not r.suspect]
     coded = {r.config.get("model") for r in decodes if r.method == "codebook"}
-    both = [r for r in decodes if r.method in _DENSE and r.config.get("model") in coded]
+    both = [r for r in decodes if r.method in OWN_DENSE and r.config.get("model") in coded]
     if not both:
         return list(records)
     model = min(both, key=lambda r: r.value).config.get("model")

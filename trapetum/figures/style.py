@@ -97,6 +97,8 @@ PALETTE = {
 }
 _SHADES = {8: 0.5, 4: 0.0, 3: -0.3, 2: -0.55}
 
+#: Methods of dense decodes by the own engine, as `trapetum.bench.variants` names them.
+OWN_DENSE = ("fp32", "bf16", "fp16")
 KIND_SYMBOLS = {"measured": "circle", "published": "diamond", "derived": "triangle-up"}
 ROOF_COLOUR = "#b3261e"
 DEAD_END = "#8a6f5a"  # kernels of the ladder that no later rung starts from

@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from trapetum.figures.style import (
     INK,
+    OWN_DENSE,
     ROOF_COLOUR,
     add_key,
     colour,
@@ -23,7 +24,6 @@ from trapetum.figures.style import (
 from trapetum.records import Record
 
 ORDER = ("naive", "cast_free", "lean", "graph", "fused", "pdl", "persistent")
-DENSE_METHODS = ("fp32", "bf16", "fp16")
 _ASIDE = 0.2  # of a bar's middle from its stage's
 _WIDTH = 0.36
 
@@ -90,7 +90,7 @@ def _plain(record: Record, model: str, coded_head: bool | None) -> bool:
         and config.get("stage") in ORDER
         and config.get("kv") not in ("int8", "int4")
         and config.get("rows") in (None, 1)
-        and (record.method in DENSE_METHODS or (coded and config.get("bits") == 4))
+        and (record.method in OWN_DENSE or (coded and config.get("bits") == 4))
         and (not coded or coded_head is None or (config.get("lm_head") == "codebook") == coded_head)
         and not other
     )
